@@ -1,0 +1,49 @@
+"""The errors that a user meets. Each carries one message and the process's exit code."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """The user's input is wrong: config, data or paths. One message, exit code 2."""
+
+    exit_code = 2
+
+
+class DoesNotFit(UserError):
+    """The job does not fit the device. Exit code 3."""
+
+    exit_code = 3
+
+
+class RunFailed(RuntimeError):
+    """The run failed while training: non-finite loss, lost worker. Exit code 4."""
+
+    exit_code = 4
+
+
+class Interrupted(RuntimeError):
+    """The user or the scheduler stopped the run; a checkpoint is saved. Exit code 130."""
+
+    exit_code = 130
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that looks most like `name`, or None where nothing comes close."""
+    names = [str(k) for k in known]
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    if close:
+        return close[0]
+    starts = [k for k in names if k.startswith(str(name)) or (k and str(name).startswith(k))]
+    return min(starts, key=len) if starts else None
+
+
+def unknown(what: str, name: str, known: Iterable[str], *, listed: int = 12) -> str:
+    """A message for an unknown name: what was found, the nearest valid one, and the valid ones."""
+    names = sorted(str(k) for k in known)
+    hint = nearest(name, names)
+    guess = f" Did you mean {hint!r}?" if hint else ""
+    more = f", … ({len(names)} in all)" if len(names) > listed else ""
+    return f"{what} {name!r} is unknown.{guess} Valid: {', '.join(names[:listed])}{more}"

@@ -1,0 +1,225 @@
+"""Typed options: how a field is declared, how a YAML value is checked against it, and how the
+options of a variant are read from its file without importing the file.
+
+A variant's file holds its maths and a frozen dataclass called `Options`. The maths needs torch, which
+takes seconds to import; a mistyped key must be answered at once. So `read_options` runs only the
+part of the file that declares `Options`: the imports of the names that it uses, and the class itself.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import math
+import operator
+import re
+import sys
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ftrun.errors import UserError, nearest, unknown
+
+_BOUNDS = {"ge": "{} or more", "gt": "more than {}", "le": "{} or less", "lt": "less than {}"}
+
+
+def option(
+    default: Any,
+    doc: str,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+    choices: tuple[Any, ...] | None = None,
+    pattern: str | None = None,
+) -> Any:
+    """A dataclass field with its default, one line on meaning and unit, and its bounds.
+
+    Bounds apply to numbers and to each element of a list; None is admitted where the type says so.
+    """
+    bounds = {k: v for k, v in (("ge", ge), ("gt", gt), ("le", le), ("lt", lt)) if v is not None}
+    meta = {"doc": doc, "bounds": bounds, "choices": choices, "pattern": pattern}
+    if isinstance(default, list | dict):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=meta)
+    return dataclasses.field(default=default, metadata=meta)
+
+
+def build(cls: type, values: Mapping[str, Any], where: str = "", names: Mapping[str, str] | None = None) -> Any:
+    """An instance of the dataclass `cls` from YAML values.
+
+    where: the dotted path of the values, for messages ("method"). names: what the user calls a path
+    ("method.rank" -> "rank"). Raises UserError on an unknown key, a wrong type, a value out of bounds.
+    """
+    hints = field_types(cls)
+    made = {}
+    for key, value in values.items():
+        path = f"{where}.{key}" if where else key
+        shown = (names or {}).get(path, path)
+        if key not in hints:
+            raise UserError(unknown(f"{where or 'root'}: the key", key, hints))
+        made[key] = check(hints[key], value, cls.__dataclass_fields__[key].metadata, shown)  # type: ignore[attr-defined]
+    try:
+        return cls(**made)
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def check(hint: Any, value: Any, meta: Mapping[str, Any], shown: str) -> Any:
+    """`value` as the type `hint`, within the bounds of `meta`; UserError that names `shown` otherwise."""
+    ok, made = _convert(hint, value)
+    wanted = describe(hint, meta)
+    if not ok:
+        raise UserError(f"{shown}={_show(value)}: expected {wanted}, found {_kind(value)}{_hint(value, meta)}")
+    for item in made if isinstance(made, list | tuple) else [made]:
+        if item is not None and not _within(item, meta):
+            raise UserError(f"{shown}={_show(value)}: expected {wanted}{_hint(item, meta)}")
+    return made
+
+
+def describe(hint: Any, meta: Mapping[str, Any]) -> str:
+    """What a field takes, in words: "an integer, 1 or more"."""
+    words = _words(hint)
+    if meta.get("choices"):
+        words = "one of " + ", ".join("null" if c is None else str(c) for c in meta["choices"])
+    bounds = [text.format(meta["bounds"][k]) for k, text in _BOUNDS.items() if k in meta.get("bounds", {})]
+    return ", ".join([words, " and ".join(bounds)] if bounds else [words])
+
+
+def field_types(cls: type) -> dict[str, Any]:
+    """The dataclass's fields and their resolved types, in order."""
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
+
+
+def _convert(hint: Any, value: Any) -> tuple[bool, Any]:
+    origin = typing.get_origin(hint)
+    if hint is Any:
+        return True, value
+    if origin in (types.UnionType, typing.Union):
+        return _convert_union(typing.get_args(hint), value)
+    if origin in (list, tuple) or hint in (list, tuple):
+        return _convert_list(origin or hint, typing.get_args(hint), value)
+    if origin is dict or hint is dict:
+        return _convert_dict(typing.get_args(hint), value)
+    return _convert_scalar(hint, value)
+
+
+def _convert_scalar(hint: Any, value: Any) -> tuple[bool, Any]:
+    if hint is type(None):
+        return value is None, None
+    if hint is float:
+        # YAML 1.1 reads 1e-4 as text; a user means the number
+        if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+            value = float(value)
+        ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return ok, float(value) if ok else None
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool), value
+    return isinstance(value, hint), value
+
+
+def _convert_union(members: tuple[Any, ...], value: Any) -> tuple[bool, Any]:
+    for member in members:
+        ok, made = _convert(member, value)
+        if ok:
+            return True, made
+    return False, None
+
+
+def _convert_list(kind: type, args: tuple[Any, ...], value: Any) -> tuple[bool, Any]:
+    if not isinstance(value, list | tuple):
+        return False, None
+    pairs = [_convert(args[0], item) if args else (True, item) for item in value]
+    return all(ok for ok, _ in pairs), kind(item for _, item in pairs)
+
+
+def _convert_dict(args: tuple[Any, ...], value: Any) -> tuple[bool, Any]:
+    if not isinstance(value, Mapping):
+        return False, None
+    pairs = {str(k): _convert(args[1], v) if args else (True, v) for k, v in value.items()}
+    return all(ok for ok, _ in pairs.values()), {k: made for k, (_, made) in pairs.items()}
+
+
+def _within(value: Any, meta: Mapping[str, Any]) -> bool:
+    if meta.get("choices") and value not in meta["choices"]:
+        return False
+    if meta.get("pattern") and isinstance(value, str) and not re.fullmatch(meta["pattern"], value):
+        return False
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return True
+    return all(getattr(operator, name)(value, bound) for name, bound in meta.get("bounds", {}).items())
+
+
+def _hint(value: Any, meta: Mapping[str, Any]) -> str:
+    close = nearest(str(value), map(str, meta.get("choices") or ()))
+    return f". Did you mean {close!r}?" if close else ""
+
+
+def _words(hint: Any) -> str:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(_words(a) for a in args)
+    if origin in (list, tuple):
+        return "a list [a,b]"
+    if origin is dict:
+        return "a mapping {key: value}"
+    names = {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _show(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _kind(value: Any) -> str:
+    names = {bool: "true/false", int: "an integer", float: "a number", str: "text", type(None): "null"}
+    return names.get(type(value), "a list" if isinstance(value, list) else "a mapping")
+
+
+@functools.cache
+def read_options(path: Path) -> type:
+    """The class `Options` of the Python file at `path`, without running the rest of the file.
+
+    Runs the file's `from … import …` lines that `Options` (and the constants and classes it names) needs;
+    heavy imports stay untouched. Raises KeyError where the file declares no `Options`.
+    """
+    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    wanted, body = {"Options"}, []
+    for node in reversed(tree.body):
+        names = _defined(node)
+        if isinstance(node, ast.ImportFrom) and node.module == "__future__":
+            body.append(node)
+        elif names & wanted:
+            body.append(node)
+            wanted |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} | _annotations(node)
+    namespace: dict[str, Any] = {"__name__": f"{path.stem}_options"}
+    module = types.ModuleType(namespace["__name__"])
+    # dataclasses look their module up to resolve annotations
+    sys.modules[module.__name__] = module
+    exec(compile(ast.Module(body[::-1], []), str(path), "exec"), module.__dict__)
+    if "Options" not in module.__dict__:
+        raise KeyError(f"{path} declares no class Options")
+    return module.__dict__["Options"]
+
+
+def _defined(node: ast.stmt) -> set[str]:
+    if isinstance(node, ast.ImportFrom | ast.Import):
+        return {(a.asname or a.name).split(".")[0] for a in node.names}
+    if isinstance(node, ast.ClassDef | ast.FunctionDef):
+        return {node.name}
+    if isinstance(node, ast.Assign):
+        return {t.id for t in node.targets if isinstance(t, ast.Name)}
+    if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+        return {node.target.id}
+    return set()
+
+
+def _annotations(node: ast.stmt) -> set[str]:
+    texts = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    return {word for text in texts if len(text) < 80 for word in re.findall(r"[A-Za-z_]\w*", text)} & {"Any"}

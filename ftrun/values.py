@@ -1,0 +1,108 @@
+"""The values that rooms hand to one another. Plain data: no room's code is needed to read them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+IGNORE = -100  # a target that is not learnt, as torch's cross-entropy has it
+
+
+@dataclass(frozen=True)
+class Site:
+    """One weight of the model that a method may tune.
+
+    name: dotted module name ("model.layers.0.self_attn.q_proj"); for experts stored as one 3-D parameter, the
+    parameter's own name ("model.layers.0.mlp.experts.gate_up_proj").
+    role: q k v qkv o gate up gate_up down embeddings head experts_gate_up experts_down.
+    layer: index of the decoder layer, None for embeddings and head.
+    """
+
+    name: str
+    role: str
+    layer: int | None
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder layer: where its two sublayers end. Names are dotted module names.
+
+    attention_out: the linear layer that ends attention; ffn_out: the one that ends the feed-forward (None where
+    experts end it); ffn: the whole feed-forward module (None where the layer has none of its own, as in OPT).
+    """
+
+    index: int
+    name: str
+    attention_out: str
+    ffn_out: str | None
+    ffn: str | None
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A model's parts by role, in the order of the model, before any method has touched it."""
+
+    sites: tuple[Site, ...]  # the selected ones
+    blocks: tuple[Block, ...]  # the selected layers
+    depth: int  # decoder layers in all
+    width: int  # hidden size
+    embeddings: str  # dotted name of the input embedding
+    head: str  # dotted name of the output head
+    tied: bool  # the head is the embedding's own weight
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one micro-batch, shifted and ready. All counts are Python numbers: no device is asked.
+
+    input_ids, position_ids, targets: int64, (1, sum(lengths)) when packed, else (rows, max(lengths)) padded right.
+    targets[i] is the token that follows input_ids[i] in its own row, or IGNORE where it is not learnt.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    targets: torch.Tensor
+    lengths: tuple[int, ...]  # tokens of each row, in order
+    packed: bool
+    tokens: int  # real ones
+    supervised: int  # targets that are learnt
+    rows: tuple[int, ...]  # each row's index in its data, to name it in messages
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        moved = {k: getattr(self, k).to(device, non_blocking=True) for k in ("input_ids", "position_ids", "targets")}
+        return Batch(**{**self.__dict__, **moved})
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimiser step, as metrics.jsonl has it."""
+
+    step: int
+    loss: float  # nats, mean over the step's supervised tokens
+    lr: float
+    grad_norm: float
+    tokens: int  # real ones, over all devices
+    supervised_tokens: int
+    tokens_per_s: float
+    mem_allocated: int  # bytes
+    mem_peak: int  # bytes
+    seconds: float
+
+
+@dataclass(frozen=True)
+class EvalRecord:
+    """One evaluation, as evals.jsonl has it."""
+
+    step: int
+    loss: float
+    perplexity: float
+    tokens: int
+    seconds: float
+    best: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)
