@@ -1,0 +1,80 @@
+"""An optimiser's state as tensors and JSON, and back, bit for bit. Nothing is pickled.
+
+Hyper-parameters stay out: they belong to the job, which makes the optimiser anew before its state is restored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+_PAGED = ("state1", "state2")
+
+
+def flatten(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors of the state, by "INDEX.KEY", on the CPU, and the rest as JSON-able values.
+
+    Tensors on the CPU are the optimiser's own, not copies: write them before the next step. A tensor that several
+    parameters share (bitsandbytes' quantisation map) comes once, and the others name it.
+    """
+    if getattr(optimizer, "is_paged", False) and torch.cuda.is_available():
+        torch.cuda.synchronize()  # paged updates run on while Python goes ahead
+    tensors: dict[str, torch.Tensor] = {}
+    owners: dict[int, str] = {}
+    meta: dict[str, Any] = {"groups": [len(g["params"]) for g in optimizer.param_groups], "shapes": [], "state": {}}
+    for index, parameter in enumerate(_parameters(optimizer)):
+        meta["shapes"].append(list(parameter.shape))
+        entry = meta["state"].setdefault(str(index), {}) if parameter in optimizer.state else {}
+        for key, value in optimizer.state.get(parameter, {}).items():
+            name = f"{index}.{key}"
+            if not isinstance(value, torch.Tensor):
+                entry[key] = {"value": value}
+                continue
+            entry[key] = {"tensor": owners.setdefault(id(value), name)}
+            if owners[id(value)] == name:
+                tensors[name] = value.detach().cpu().contiguous()
+    return tensors, meta
+
+
+def restore(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
+    """Give a fresh optimiser the state that `flatten` took: its next step is then the same, bit for bit.
+
+    Raises ValueError where the optimiser's groups or parameters differ from those that were saved.
+    """
+    parameters = list(_parameters(optimizer))
+    groups = [len(g["params"]) for g in optimizer.param_groups]
+    shapes = [list(p.shape) for p in parameters]
+    if groups != meta["groups"] or shapes != meta["shapes"]:
+        raise ValueError(
+            f"the saved optimiser state is of {len(meta['shapes'])} tensors in groups of {meta['groups']}, "
+            f"this optimiser has {len(shapes)} in groups of {groups}, or their shapes differ"
+        )
+    shared: dict[tuple[str, torch.device], torch.Tensor] = {}
+    optimizer.state.clear()
+    for index, entry in meta["state"].items():
+        parameter = parameters[int(index)]
+        for key, saved in entry.items():
+            optimizer.state[parameter][key] = saved.get("value")
+            if "tensor" in saved:
+                tensor = tensors[saved["tensor"]]
+                place = (saved["tensor"], parameter.device)
+                optimizer.state[parameter][key] = shared.setdefault(place, _placed(optimizer, parameter, key, tensor))
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+def _placed(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, key: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of `tensor` where the optimiser would have made it: its parameter's device, or paged memory."""
+    if key in _PAGED and getattr(optimizer, "is_paged", False) and parameter.is_cuda:
+        buffer = optimizer.get_state_buffer(parameter, dtype=tensor.dtype)  # type: ignore[attr-defined]
+        buffer.copy_(tensor)
+        torch.cuda.synchronize()
+        return buffer
+    # fused and capturable optimisers keep their step counters beside the weights, the others on the CPU
+    stays = key == "step" and not any(g.get("fused") or g.get("capturable") for g in optimizer.param_groups)
+    return tensor.clone() if stays else tensor.to(parameter.device, copy=True)
