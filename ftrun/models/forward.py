@@ -1,0 +1,95 @@
+"""From a batch to its loss through a transformers model: packed rows and chunked logits, or the plain way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ftrun.kernels.attention import packed_attention
+from ftrun.kernels.loss import Shape, chunked_loss, full_loss
+from ftrun.values import IGNORE, Batch
+
+PACKED = "ftrun_packed"  # the name under which transformers finds our attention
+
+
+def register_attention() -> None:
+    """Make PACKED an attention implementation of transformers, without a mask of its own."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(PACKED, _attend)
+    AttentionMaskInterface.register(PACKED, _no_mask)
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """Rows are kept apart by their lengths; a dense mask would only cost memory."""
+
+
+def _attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    row_lengths: tuple[int, ...] | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: (B, H, T, D) in, (B, T, H, D) out."""
+    lengths = row_lengths or (query.shape[2],)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = packed_attention(query, key, value, lengths, scale, sliding_window, softcap, dropout)
+    return out.transpose(1, 2).contiguous(), None
+
+
+class TokenLoss:
+    """Batch -> the sum of its supervised tokens' losses in nats, a float32 scalar that gradients flow through."""
+
+    def __init__(self, model: Any, kernels: str) -> None:
+        self.model = model
+        self.fast = kernels == "fast"
+        self.shape = logit_shape(model.config)
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """Packed batches run on PACKED attention, padded ones on transformers' own."""
+        if not self.fast:
+            return full_loss(self.logits(batch), batch.targets)
+        hidden = self.hidden(batch)
+        learnt = batch.targets.flatten() != IGNORE
+        picked = learnt.nonzero().squeeze(-1) if batch.supervised < learnt.numel() else slice(None)
+        head = self.model.get_output_embeddings()
+        return chunked_loss(hidden.flatten(0, 1)[picked], batch.targets.flatten()[picked], head, _frozen(head), self.shape)
+
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        """(rows, width, D): what the head reads."""
+        return self.model.base_model(**self._inputs(batch)).last_hidden_state  # type: ignore[no-any-return]
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """(rows, width, V), the model's own."""
+        return self.model(**self._inputs(batch)).logits  # type: ignore[no-any-return]
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+        if batch.packed:
+            return {**inputs, "row_lengths": batch.lengths}
+        width = batch.input_ids.shape[1]
+        lengths = torch.tensor(batch.lengths, device=batch.input_ids.device)
+        return {**inputs, "attention_mask": (torch.arange(width, device=lengths.device) < lengths[:, None]).long()}
+
+
+def logit_shape(config: Any) -> Shape:
+    """How the model's own forward pass shapes its logits (Gemma 2's cap, Cohere's and Granite's scale)."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    return Shape(scale, getattr(config, "final_logit_softcapping", None))
+
+
+def _frozen(head: nn.Module) -> torch.Tensor | None:
+    """The head's matrix where it is frozen and the head is nothing but it."""
+    plain = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
+    return head.weight if plain else None
