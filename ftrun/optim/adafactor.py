@@ -1,4 +1,4 @@
-"""Adafactor (Shazeer & Stern 2018, arXiv:1804.04235): the second moment as a row and a column, 4(r + c) bytes for r x c.
+"""Adafactor (Shazeer & Stern 2018, arXiv:1804.04235): the second moment as a row and a column, 4(r + c) bytes.
 
 transformers' implementation and not torch's: torch's always scales the rate by the weights' own size, which is zero
 for LoRA's B at the start.
