@@ -1,0 +1,88 @@
+"""Modules trained in full beside an update: the input embedding and the head, PEFT's modules_to_save.
+
+The trained copy lies beside the base's own weight, which stays what it was. Where the base ties embedding and head,
+one copy serves both.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ftrun.errors import UserError
+from ftrun.methods.base import Wrapper, parameter, with_weight
+from ftrun.values import Anatomy
+
+
+class Kept(Wrapper):
+    """An embedding or a linear layer with a trained copy of its weight (and bias) in `dtype`."""
+
+    def __init__(self, name: str, base: nn.Module, dtype: torch.dtype, partner: Kept | None = None) -> None:
+        super().__init__(name, base)
+        shape = tuple(base.weight.shape)  # type: ignore[union-attr]
+        self.kept = partner.kept if partner else parameter(shape, base, dtype)  # type: ignore[arg-type]
+        bias = getattr(base, "bias", None)
+        self.kept_bias = None if bias is None else parameter(tuple(bias.shape), base, dtype)
+        self._plain: dict[str, nn.Parameter] = partner._plain if partner else {}
+
+    def own(self) -> dict[str, tuple[str, nn.Parameter]]:
+        found = {"weight": ("other", self.kept)}
+        if self.kept_bias is not None:
+            found["bias"] = ("other", self.kept_bias)
+        return found
+
+    def reset(self, seed: int) -> None:
+        with torch.no_grad():
+            self.kept.copy_(self.base.weight)  # type: ignore[arg-type]
+            if self.kept_bias is not None:
+                self.kept_bias.copy_(self.base.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.enabled:
+            return self.base(x)  # type: ignore[no-any-return]
+        if not isinstance(self.base, nn.Embedding):
+            bias = None if self.kept_bias is None else self.kept_bias.to(x.dtype)
+            return F.linear(x, self.kept.to(x.dtype), bias)
+        rows = F.embedding(x, self.kept, self.base.padding_idx).to(self.base.weight.dtype)
+        return rows if (scale := embed_scale(self.base)) is None else rows * scale.to(rows.dtype)
+
+    def merged_weight(self) -> torch.Tensor:
+        return self.kept.detach().float()
+
+    def merged(self) -> nn.Module:
+        clone = with_weight(self.base, self.merged_weight())
+        # tied before, tied after
+        clone._parameters["weight"] = self._plain.setdefault("weight", clone._parameters["weight"])  # type: ignore[arg-type]
+        if self.kept_bias is not None:
+            own = self.kept_bias.detach().to(self.base.bias.dtype)  # type: ignore[union-attr]
+            clone._parameters["bias"] = nn.Parameter(own, requires_grad=False)
+        return clone
+
+    def prepare(self) -> None:
+        self._plain.clear()
+
+
+def embed_scale(embedding: nn.Module) -> torch.Tensor | None:
+    """The factor that some embeddings (Gemma 3) multiply their rows by, or None."""
+    scale = getattr(embedding, "embed_scale", None)
+    return scale if scale is None or isinstance(scale, torch.Tensor) else torch.tensor(scale)
+
+
+def keep(model: nn.Module, anatomy: Anatomy, roles: list[str], dtype: torch.dtype) -> list[Kept]:
+    """Wrappers for the roles "embeddings" and "head"; one weight for both where the base ties them.
+
+    Raises UserError where such a module is quantised, so that it has no weight to start from.
+    """
+    names = {"embeddings": anatomy.embeddings, "head": anatomy.head}
+    chosen = list(names) if anatomy.tied and roles else [role for role in names if role in roles]
+    made: list[Kept] = []
+    for role in chosen:
+        module = model.get_submodule(names[role])
+        weight = getattr(module, "weight", None)
+        if weight is None or not weight.is_floating_point():
+            raise UserError(
+                f"method.modules_to_save: {role} ({names[role]}) is quantised and cannot be trained in full"
+            )
+        made.append(Kept(names[role], module, dtype, made[0] if anatomy.tied and made else None))
+    return made
