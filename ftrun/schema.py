@@ -36,13 +36,15 @@ def option(
     lt: float | None = None,
     choices: tuple[Any, ...] | None = None,
     pattern: str | None = None,
+    alias: str | None = None,
 ) -> Any:
     """A dataclass field with its default, one line on meaning and unit, and its bounds.
 
-    Bounds apply to numbers and to each element of a list; None is admitted where the type says so.
+    Bounds apply to numbers and to each element of a list or value of a mapping; None is admitted where the type says
+    so. alias: the key in the YAML where Python cannot use it as a name ("from").
     """
     bounds = {k: v for k, v in (("ge", ge), ("gt", gt), ("le", le), ("lt", lt)) if v is not None}
-    meta = {"doc": doc, "bounds": bounds, "choices": choices, "pattern": pattern}
+    meta = {"doc": doc, "bounds": bounds, "choices": choices, "pattern": pattern, "alias": alias}
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=meta)
     return dataclasses.field(default=default, metadata=meta)
@@ -54,14 +56,15 @@ def build(cls: type, values: Mapping[str, Any], where: str = "", names: Mapping[
     where: the dotted path of the values, for messages ("method"). names: what the user calls a path
     ("method.rank" -> "rank"). Raises UserError on an unknown key, a wrong type, a value out of bounds.
     """
-    hints = field_types(cls)
+    hints, fields = field_types(cls), fields_by_key(cls)
     made = {}
     for key, value in values.items():
         path = f"{where}.{key}" if where else key
         shown = (names or {}).get(path, path)
         if key not in hints:
             raise UserError(unknown(f"{where or 'root'}: the key", key, hints))
-        made[key] = check(hints[key], value, cls.__dataclass_fields__[key].metadata, shown)  # type: ignore[attr-defined]
+        field = fields[key]
+        made[field.name] = check(hints[key], value, field.metadata, shown)
     try:
         return cls(**made)
     except UserError:
@@ -76,7 +79,7 @@ def check(hint: Any, value: Any, meta: Mapping[str, Any], shown: str) -> Any:
     wanted = describe(hint, meta)
     if not ok:
         raise UserError(f"{shown}={_show(value)}: expected {wanted}, found {_kind(value)}{_hint(value, meta)}")
-    for item in made if isinstance(made, list | tuple) else [made]:
+    for item in _items(made):
         if item is not None and not _within(item, meta):
             raise UserError(f"{shown}={_show(value)}: expected {wanted}{_hint(item, meta)}")
     return made
@@ -92,9 +95,14 @@ def describe(hint: Any, meta: Mapping[str, Any]) -> str:
 
 
 def field_types(cls: type) -> dict[str, Any]:
-    """The dataclass's fields and their resolved types, in order."""
+    """The dataclass's fields, by their keys in the YAML, and their resolved types, in order."""
     hints = typing.get_type_hints(cls)
-    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
+    return {key: hints[field.name] for key, field in fields_by_key(cls).items()}
+
+
+def fields_by_key(cls: type) -> dict[str, dataclasses.Field[Any]]:
+    """The dataclass's fields by their keys in the YAML: the name, or the alias that `option` gave."""
+    return {f.metadata.get("alias") or f.name: f for f in dataclasses.fields(cls) if f.init}
 
 
 def _convert(hint: Any, value: Any) -> tuple[bool, Any]:
@@ -144,6 +152,12 @@ def _convert_dict(args: tuple[Any, ...], value: Any) -> tuple[bool, Any]:
         return False, None
     pairs = {str(k): _convert(args[1], v) if args else (True, v) for k, v in value.items()}
     return all(ok for ok, _ in pairs.values()), {k: made for k, (_, made) in pairs.items()}
+
+
+def _items(value: Any) -> list[Any]:
+    if isinstance(value, list | tuple):
+        return list(value)
+    return list(value.values()) if isinstance(value, dict) else [value]
 
 
 def _within(value: Any, meta: Mapping[str, Any]) -> bool:
