@@ -1,8 +1,9 @@
 """The dense protocol: one way to ask any linear layer for its matrix, its sizes and its experts.
 
 A linear layer is an `nn.Linear` (weight (out, in)), transformers' `Conv1D` (weight (in, out)), or any module
-with `.dense()`, `.in_features` and `.out_features`, as the quantised ones have. Experts are one module that holds
-two or more 3-D parameters (experts, rows, columns), or, quantised, a module with `.dense_expert(name)`.
+with `.dense()`, `.in_features` and `.out_features`, as the quantised ones have. A layer's experts, once grouped
+(ftrun/kernels/experts.py: `group_experts`; quantised ones always are), are such modules too: their `dense()` is
+(experts, out, in), they have `.experts`, and are called with `(x sorted by expert, offsets)`.
 """
 
 from __future__ import annotations
@@ -25,21 +26,6 @@ class Dense(Protocol):
     out_features: int
 
     def dense(self, dtype: torch.dtype | None = None) -> torch.Tensor: ...
-
-
-@runtime_checkable
-class Experts(Protocol):
-    """A quantised layer of experts: `names` are its 3-D parameters ("gate_up_proj", "down_proj").
-
-    `shape_of(name)` is (experts, rows, columns) as transformers stores it; `dense_expert(name, dtype)` a fresh
-    tensor of that shape, without gradient.
-    """
-
-    names: tuple[str, ...]
-
-    def shape_of(self, name: str) -> tuple[int, int, int]: ...
-
-    def dense_expert(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor: ...
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -70,14 +56,6 @@ def features(module: nn.Module) -> tuple[int, int]:
         return module.in_features, module.out_features
     rows, columns = _weight(module).shape
     return columns, rows
-
-
-def dense_expert(module: nn.Module, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """The 3-D matrix `name` (experts, rows, columns) of a layer of experts, plain or quantised."""
-    if isinstance(module, Experts):
-        return module.dense_expert(name, dtype)
-    weight = getattr(module, name)
-    return weight if dtype is None else weight.to(dtype)
 
 
 def _weight(module: Any) -> torch.Tensor:
