@@ -45,7 +45,7 @@ def fast(
     weight: makes the frozen (out, in) matrix in the dtype of x; called once forward, once backward where x needs a
     gradient. Gradients of a and b have their own dtype (float32), whatever x is.
     """
-    return _LoRA.apply(x, a, b, weight, bias, scale, dropout)  # type: ignore[no-any-return]
+    return _LoRA.apply(x, a, b, weight, bias, scale, dropout)
 
 
 class _LoRA(torch.autograd.Function):

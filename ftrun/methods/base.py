@@ -30,6 +30,8 @@ class Wrapper(nn.Module):
     name: the module's dotted name in the bare model. `enabled` false gives the base's own output.
     """
 
+    base: Any  # an nn.Module: linear, embedding or a whole feed-forward, plain or quantised
+
     def __init__(self, name: str, base: nn.Module) -> None:
         super().__init__()
         self.name, self.base, self.enabled = name, base, True
@@ -61,7 +63,7 @@ class Wrapper(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The base's weight: some models ask a layer for its dtype."""
-        return self.base.weight  # type: ignore[return-value]
+        return self.base.weight  # type: ignore[no-any-return]
 
     @property
     def bias(self) -> torch.Tensor | None:

@@ -66,8 +66,8 @@ class Tuner(base.Tuner[Options]):
             for module in owner.modules():
                 if isinstance(module, Dense | Experts):
                     raise UserError(
-                        f"method=full: {name or 'the model'} is quantised and cannot be trained itself; use quant=none, "
-                        "or method=lora over the quantised base"
+                        f"method=full: {name or 'the model'} is quantised and cannot be trained itself; use "
+                        "quant=none, or method=lora over the quantised base"
                     )
                 yield from ((module, own) for own, p in module._parameters.items() if p is not None)
 

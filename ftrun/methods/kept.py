@@ -20,10 +20,8 @@ class Kept(Wrapper):
 
     def __init__(self, name: str, base: nn.Module, dtype: torch.dtype, partner: Kept | None = None) -> None:
         super().__init__(name, base)
-        shape = tuple(base.weight.shape)  # type: ignore[union-attr]
-        self.kept = partner.kept if partner else parameter(shape, base, dtype)  # type: ignore[arg-type]
-        bias = getattr(base, "bias", None)
-        self.kept_bias = None if bias is None else parameter(tuple(bias.shape), base, dtype)
+        self.kept: nn.Parameter = partner.kept if partner else parameter(tuple(self.weight.shape), base, dtype)
+        self.kept_bias = None if self.bias is None else parameter(tuple(self.bias.shape), base, dtype)
         self._plain: dict[str, nn.Parameter] = partner._plain if partner else {}
 
     def own(self) -> dict[str, tuple[str, nn.Parameter]]:
@@ -34,9 +32,9 @@ class Kept(Wrapper):
 
     def reset(self, seed: int) -> None:
         with torch.no_grad():
-            self.kept.copy_(self.base.weight)  # type: ignore[arg-type]
+            self.kept.copy_(self.base.weight)
             if self.kept_bias is not None:
-                self.kept_bias.copy_(self.base.bias)  # type: ignore[arg-type]
+                self.kept_bias.copy_(self.base.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.enabled:
@@ -53,9 +51,9 @@ class Kept(Wrapper):
     def merged(self) -> nn.Module:
         clone = with_weight(self.base, self.merged_weight())
         # tied before, tied after
-        clone._parameters["weight"] = self._plain.setdefault("weight", clone._parameters["weight"])  # type: ignore[arg-type]
+        clone._parameters["weight"] = self._plain.setdefault("weight", clone._parameters["weight"])
         if self.kept_bias is not None:
-            own = self.kept_bias.detach().to(self.base.bias.dtype)  # type: ignore[union-attr]
+            own = self.kept_bias.detach().to(self.base.bias.dtype)
             clone._parameters["bias"] = nn.Parameter(own, requires_grad=False)
         return clone
 

@@ -100,15 +100,14 @@ class LoRAEmbedding(base.Wrapper):
         out: torch.Tensor = self.base(ids)
         if not self.enabled:
             return out
-        narrow = F.embedding(ids, self.lora_A.T, self.base.padding_idx)  # type: ignore[arg-type]
+        narrow = F.embedding(ids, self.lora_A.T, self.base.padding_idx)
         update = self.scale * (narrow.to(out.dtype) @ self.lora_B.T.to(out.dtype))
         factor = embed_scale(self.base)
         return out + (update if factor is None else update * factor.to(out.dtype))
 
     def merged_weight(self) -> torch.Tensor:
         with torch.no_grad():
-            own: torch.Tensor = self.base.weight.float()  # type: ignore[operator, union-attr]
-            return own + self.scale * (self.lora_B.float() @ self.lora_A.float()).T
+            return self.weight.float() + self.scale * (self.lora_B.float() @ self.lora_A.float()).T
 
 
 class LowRank(base.Tuner[L]):

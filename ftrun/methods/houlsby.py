@@ -1,0 +1,112 @@
+"""Bottleneck adapters (Houlsby et al. 2019): h + up(f(down(h))) after attention and after the feed-forward.
+
+`up` starts at zero, so the first step sees the base itself. They stay in the model: they do not merge.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ftrun.errors import UserError
+from ftrun.methods import base
+from ftrun.schema import option
+from ftrun.selection import parse_layers
+from ftrun.values import Anatomy, Block
+
+_ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
+
+
+@dataclass(frozen=True)
+class Options:
+    bottleneck: int = option(64, "width of the bottleneck: about 2 · width · bottleneck parameters each", ge=1)
+    placement: str = option("both", "where adapters go in a layer", choices=("both", "ffn", "parallel"))
+    activation: str = option("gelu", "the bottleneck's nonlinearity", choices=("gelu", "relu", "silu", "tanh"))
+    layers: str | int | list[str | int] = option("all", "which decoder layers: all, 0-7, last:8, first:8, every:2")
+    dtype: str = option("float32", "dtype of the adapters", choices=("float32", "bfloat16"))
+    from_: str | None = option(None, "folder of an adapter to start from", alias="from")
+
+    def __post_init__(self) -> None:
+        parse_layers(self.layers)
+
+
+class Bottleneck(base.Wrapper):
+    """A module of the base with a bottleneck on its output (serial) or on its input, beside it (parallel)."""
+
+    def __init__(self, name: str, module: nn.Module, width: int, options: Options) -> None:
+        super().__init__(name, module)
+        self.parallel, self.activation = options.placement == "parallel", options.activation
+        dtype, size = getattr(torch, options.dtype), options.bottleneck
+        self.down = base.parameter((size, width), module, dtype)
+        self.down_bias = base.parameter((size,), module, dtype)
+        self.up = base.parameter((width, size), module, dtype)
+        self.up_bias = base.parameter((width,), module, dtype)
+
+    def own(self) -> dict[str, tuple[str, nn.Parameter]]:
+        return {
+            "adapter_down.weight": ("other", self.down),
+            "adapter_down.bias": ("vectors", self.down_bias),
+            "adapter_up.weight": ("other", self.up),
+            "adapter_up.bias": ("vectors", self.up_bias),
+        }
+
+    def reset(self, seed: int) -> None:
+        bound, generator = 1 / math.sqrt(self.down.shape[1]), self.generator(seed)
+        with torch.no_grad():
+            self.down.copy_((torch.rand(self.down.shape, generator=generator) * 2 - 1) * bound)
+        for parameter in (self.down_bias, self.up, self.up_bias):
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.base(x)
+        return out + self.bottleneck(x if self.parallel else out) if self.enabled else out
+
+    def bottleneck(self, h: torch.Tensor) -> torch.Tensor:
+        """up(f(down(h))) for h (…, width), in the dtype of h."""
+        narrow = F.linear(h, self.down.to(h.dtype), self.down_bias.to(h.dtype))
+        return F.linear(_ACTIVATIONS[self.activation](narrow), self.up.to(h.dtype), self.up_bias.to(h.dtype))
+
+
+class Tuner(base.Tuner[Options]):
+    """Two bottlenecks a layer (both), one after the feed-forward (ffn), or one beside it (parallel)."""
+
+    needs = "blocks"
+    merges = False
+    why_not = "a nonlinearity stands between its two matrices, so no single matrix does what they do"
+
+    def wrap(self, model: nn.Module, anatomy: Anatomy, kernels: str) -> list[base.Wrapper]:
+        return [
+            Bottleneck(name, model.get_submodule(name), anatomy.width, self.options)
+            for block in anatomy.blocks
+            for name in self._places(block)
+        ]
+
+    def _places(self, block: Block) -> list[str]:
+        placement = self.options.placement
+        if placement == "parallel":
+            if block.ffn is None:
+                raise UserError(
+                    f"method.placement=parallel: {block.name} has no feed-forward module of its own to stand beside; "
+                    "use method.placement=both or ffn"
+                )
+            return [block.ffn]
+        after = block.ffn_out or block.ffn
+        if after is None:
+            raise UserError(f"method.placement={placement}: {block.name} has no feed-forward module to stand after")
+        return [block.attention_out, after] if placement == "both" else [after]
+
+    def adapter_config(self, anatomy: Anatomy, base_name: str) -> dict[str, Any]:
+        o = self.options
+        return {
+            "method": "houlsby",
+            "base_model_name_or_path": base_name,
+            "bottleneck": o.bottleneck,
+            "placement": o.placement,
+            "activation": o.activation,
+            "layers": [block.index for block in anatomy.blocks],
+        }
