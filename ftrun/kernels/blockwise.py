@@ -14,14 +14,18 @@ Two operators are registered with stand-ins for fake tensors: `ftrun::dequantise
 from __future__ import annotations
 
 import functools
+import logging
 import math
 
-import bitsandbytes.functional as bnb
 import torch
+
+# on some CPUs it says at import that an optional package of inference kernels is absent
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+import bitsandbytes.functional as bnb  # noqa: E402
 
 NESTED_BLOCK = 256  # constants to one constant of their own, under double quantisation
 INT8_MAX = 127
-_CHUNK = 1 << 22  # values quantised at once: bounds the float32 copies; a multiple of every block size
+_CHUNK = 1 << 21  # values quantised at once: bounds the float32 copies; a multiple of every block size
 
 # QLoRA, appendix E: quantiles of a normal distribution, zero among them
 NF4 = (

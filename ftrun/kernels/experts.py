@@ -55,7 +55,7 @@ def group_experts(module: nn.Module, make: Callable[[str, nn.Parameter], nn.Modu
         assert parameter is not None
         module.add_module(name, make(name, parameter))
     old = type(module)
-    module.__class__ = type(f"Grouped{old.__name__}", (GroupedExperts, old), {"ungrouped": old})
+    cast(Any, module).__class__ = type(f"Grouped{old.__name__}", (GroupedExperts, old), {"ungrouped": old})
     return module
 
 
@@ -67,7 +67,7 @@ def ungroup_experts(module: nn.Module, dtype: torch.dtype | None = None) -> nn.M
         held = module._modules.pop(name)
         weight = held.weight if isinstance(held, ExpertsLinear) else cast(Any, held).dense(dtype)
         module.register_parameter(name, nn.Parameter(weight.detach(), requires_grad=False))
-    module.__class__ = module.ungrouped
+    cast(Any, module).__class__ = module.ungrouped
     return module
 
 
@@ -122,7 +122,7 @@ def grouped_mm(x: torch.Tensor, matrices: torch.Tensor, offsets: torch.Tensor) -
     """x (tokens, a) sorted by expert, matrices (experts, a, b) -> (tokens, b)."""
     if hasattr(F, "grouped_mm"):
         return F.grouped_mm(x.to(matrices.dtype), matrices, offs=offsets)
-    return torch._grouped_mm(x.to(matrices.dtype), matrices, offs=offsets)  # type: ignore[attr-defined]
+    return torch._grouped_mm(x.to(matrices.dtype), matrices, offs=offsets)
 
 
 def routed(
