@@ -20,7 +20,8 @@ class Background:
 
     name: as the user chose it. make: (run folder, say) -> a tracker of `accelerate.tracking`, called in the thread.
     say: gets the lines for the user, always from the caller's own thread. every: send each so many steps.
-    room: records that may wait; more are dropped, and counted. patience: seconds that `close` waits at most.
+    room: records that may wait; more are dropped, and counted. patience: seconds that `close` waits at most, a third of
+    it where the tracker has not even started by then.
     """
 
     def __init__(
@@ -30,7 +31,7 @@ class Background:
         say: Callable[[str], None],
         every: int = 1,
         room: int = 1000,
-        patience: float = 20.0,
+        patience: float = 15.0,
     ) -> None:
         self.name, self.every, self.patience = name, every, patience
         self.dropped = 0
@@ -38,7 +39,7 @@ class Background:
         self._waiting: queue.Queue[Any] = queue.Queue(room)
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._given_up = threading.Event()
+        self._started, self._given_up = threading.Event(), threading.Event()
 
     def start(self, job: dict[str, Any], run: Path) -> None:
         """Begin, without waiting. The process's Accelerator must exist already: a thread must not make its state."""
@@ -67,11 +68,12 @@ class Background:
         """Send what waits, for `patience` seconds at most, and tell what was lost."""
         if self._thread is None:
             return
-        self._put(_END, self.patience)
-        self._thread.join(self.patience)
+        patience = self.patience if self._started.is_set() else self.patience / 3
+        self._put(_END, patience)
+        self._thread.join(patience)
         if self._thread.is_alive():
             self._given_up.set()
-            self._lines.put(f"{self.name}: still not done after {self.patience:g} s; the run ends without it")
+            self._lines.put(f"{self.name}: still not done after {patience:g} s; the run ends without it")
         self._thread = None
         if self.dropped:
             self._lines.put(f"{self.name}: {self.dropped:,} records were dropped: it was slower than the run")
@@ -94,6 +96,7 @@ class Background:
             tracker.main_process_only = False  # sinks live in the main process only: ask nobody
             tracker.start()
             tracker.store_init_configuration(config)
+            self._started.set()
         except BaseException as error:
             self._lines.put(f"{self.name}: could not start, the run goes on without it: {_brief(error)}")
             tracker = None

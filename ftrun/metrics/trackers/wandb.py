@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import netrc
 import os
+import socket
 import urllib.parse
+import urllib.request
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +18,8 @@ from ftrun.metrics.options import TrackerOptions
 from ftrun.metrics.sink import Sink
 from ftrun.schema import option
 
-_PATIENCE = 30.0  # seconds for the start, and for the end
+_REACH = 5.0  # seconds to try to reach the server
+_START, _END = 15.0, 10.0  # seconds at most for the start (the run goes on meanwhile), and for the last records
 
 
 @dataclass(frozen=True)
@@ -32,15 +35,16 @@ def sink(options: Options, name: str, say: Callable[[str], None]) -> Sink | None
     """name: the run's. say: takes a line for the user. Files lie in RUN/wandb."""
 
     def make(run: Path, tell: Callable[[str], None]) -> Any:
+        os.environ.setdefault("WANDB_SILENT", "true")  # its log-in speaks before it has seen the settings
         import wandb
         from accelerate.tracking import WandBTracker
 
         class Announced(WandBTracker):
             def start(self) -> None:
                 super().start()
-                tell(_where(self.run, run))
+                tell(_where(self.run, run, reason))
 
-        mode = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
+        mode, reason = how()
         return Announced(
             options.project,
             name=name,
@@ -54,14 +58,37 @@ def sink(options: Options, name: str, say: Callable[[str], None]) -> Sink | None
             settings=_settings(wandb.Settings),
         )
 
-    return Background("wandb", make, say, options.every, patience=_PATIENCE)
+    return Background("wandb", make, say, options.every)
 
 
-def has_key() -> bool:
+def how() -> tuple[str, str]:
+    """The mode that the run is logged in, and why."""
+    if os.environ.get("WANDB_MODE"):
+        return os.environ["WANDB_MODE"], "WANDB_MODE says so"
+    server = urllib.parse.urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    if not has_key(server.hostname or ""):
+        return "offline", "no WANDB_API_KEY, and no entry in netrc"
+    # W&B itself would try for minutes, at the process's end as well
+    return ("online", "") if _answers(server) else ("offline", f"{server.hostname} does not answer")
+
+
+def _answers(server: urllib.parse.ParseResult) -> bool:
+    """Whether a connection to the server, or to the proxy that leads to it, can be opened."""
+    proxy = urllib.request.getproxies().get(server.scheme)
+    if proxy and not urllib.request.proxy_bypass(server.hostname or ""):
+        server = urllib.parse.urlparse(proxy)
+    port = server.port or (443 if server.scheme == "https" else 80)
+    try:
+        socket.create_connection((server.hostname or "", port), timeout=_REACH).close()
+    except OSError:
+        return False
+    return True
+
+
+def has_key(host: str) -> bool:
     """Whether W&B can log in without asking: WANDB_API_KEY, or an entry for its host in netrc."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = urllib.parse.urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
     for path in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
         try:
             if path and host and netrc.netrc(os.path.expanduser(path)).authenticators(host):
@@ -76,8 +103,8 @@ def _settings(kind: Any) -> Any:
     wanted = {
         "silent": True,
         "console": "off",
-        "init_timeout": _PATIENCE,
-        "finish_timeout": _PATIENCE,
+        "init_timeout": _START,
+        "finish_timeout": _END,
         "disable_git": True,
         "disable_code": True,
         "x_disable_meta": True,
@@ -94,7 +121,7 @@ def _identity(run: Path) -> str:
     return file.read_text(encoding="utf-8").strip()
 
 
-def _where(run: Any, folder: Path) -> str:
+def _where(run: Any, folder: Path, reason: str) -> str:
     if getattr(run, "offline", False):
-        return f"wandb: offline; `wandb sync {folder / 'wandb'}/offline-run-*` sends it later"
+        return f"wandb: offline ({reason}); `wandb sync {folder / 'wandb'}/offline-run-*` sends it later"
     return f"wandb: {run.url}" if run.url else "wandb: on"
