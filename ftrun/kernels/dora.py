@@ -62,6 +62,7 @@ def reference(
     gain = magnitude.float() / plain_norm(weight, a.detach(), b.detach(), scale)
     seen = F.dropout(x, dropout)
     update = F.linear(F.linear(seen, a.to(x.dtype)), (gain[:, None] * scale * b).to(x.dtype))
+    bias = None if bias is None else bias.to(x.dtype)
     return F.linear(x, weight, bias) + (gain - 1).to(x.dtype) * F.linear(seen, weight) + update
 
 
@@ -104,6 +105,7 @@ class _DoRA(torch.autograd.Function):
         keep = torch.empty_like(rows, dtype=torch.bool).bernoulli_(1 - dropout) if dropout else None
         seen = _drop(rows, keep, dropout)
         hidden, plain = seen @ a.to(x.dtype).T, seen @ matrix.T
+        bias = None if bias is None else bias.to(x.dtype)
         out = plain.clone() if bias is None and keep is None else F.linear(rows, matrix, bias)
         out.addcmul_(plain, (gain - 1).to(x.dtype)).addmm_(hidden, _turned(gain, b, scale, x.dtype).T)
         ctx.save_for_backward(rows, a, b, magnitude, gain, norm, hidden, plain, keep)

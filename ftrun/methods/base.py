@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Generic, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -24,20 +24,34 @@ FILE_PREFIX = "base_model.model."  # PEFT's, in front of every module name in a 
 O = TypeVar("O")  # noqa: E741
 
 
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+class Trained(NamedTuple):
+    """A trained parameter: its optimiser group, itself, and how its file holds it where that differs."""
+
+    group: str
+    parameter: nn.Parameter
+    write: Callable[[torch.Tensor], torch.Tensor] = _same
+    read: Callable[[torch.Tensor], torch.Tensor] = _same
+
+
 class Wrapper(nn.Module):
     """A module of the base, with a method's parameters beside it.
 
-    name: the module's dotted name in the bare model. `enabled` false gives the base's own output.
+    name: the module's dotted name in the bare model; filed: the name that its file knows it by, mostly the same.
+    `enabled` false gives the base's own output.
     """
 
     base: Any  # an nn.Module: linear, embedding or a whole feed-forward, plain or quantised
 
     def __init__(self, name: str, base: nn.Module) -> None:
         super().__init__()
-        self.name, self.base, self.enabled = name, base, True
+        self.name, self.filed, self.base, self.enabled = name, name, base, True
 
-    def own(self) -> dict[str, tuple[str, nn.Parameter]]:
-        """The trained parameters: name in the file, after the module's -> (optimiser group, parameter)."""
+    def own(self) -> dict[str, Trained]:
+        """The trained parameters by their names in the file, after the module's."""
         raise NotImplementedError
 
     def reset(self, seed: int) -> None:
@@ -63,7 +77,7 @@ class Wrapper(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The base's weight: some models ask a layer for its dtype."""
-        return self.base.weight  # type: ignore[no-any-return]
+        return self.base.weight
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -106,14 +120,14 @@ class Tuner(Generic[O]):
     def initialise(self, model: nn.Module, seed: int, tokenizer: Any = None) -> None:
         """First values for every parameter; step 0 equals the base exactly. Nothing happens on abstract tensors."""
         for wrapper in wrappers(model):
-            if not any(is_abstract(p) for _, p in wrapper.own().values()):
+            if not any(is_abstract(t.parameter) for t in wrapper.own().values()):
                 wrapper.prepare()
                 wrapper.reset(seed)
 
-    def named(self, model: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:
-        """Every trained parameter: its name in the file -> (optimiser group, parameter)."""
+    def named(self, model: nn.Module) -> dict[str, Trained]:
+        """Every trained parameter by its name in the file."""
         return {
-            f"{FILE_PREFIX}{wrapper.name}.{suffix}": item
+            f"{FILE_PREFIX}{wrapper.filed}.{suffix}": item
             for wrapper in wrappers(model)
             for suffix, item in wrapper.own().items()
         }
@@ -122,15 +136,15 @@ class Tuner(Generic[O]):
         """The trained parameters by optimiser group ("A", "B", "magnitude", "other", …), each once."""
         found: dict[str, list[nn.Parameter]] = {}
         seen: set[int] = set()
-        for group, parameter in self.named(model).values():
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                found.setdefault(group, []).append(parameter)
+        for trained in self.named(model).values():
+            if id(trained.parameter) not in seen:
+                seen.add(id(trained.parameter))
+                found.setdefault(trained.group, []).append(trained.parameter)
         return found
 
     def state(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """The trained values under their names in the file; views of the live parameters, without gradient."""
-        return {name: parameter.detach() for name, (_, parameter) in self.named(model).items()}
+        """The trained values under their names in the file; mostly views of the live parameters, without gradient."""
+        return {name: t.write(t.parameter.detach()) for name, t in self.named(model).items()}
 
     def load_state(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copies saved values in. UserError names the first tensor that has no place, is missing or misshapen."""
@@ -139,15 +153,15 @@ class Tuner(Generic[O]):
         named = self.named(model)
         tensors = self.readable(model, tensors)
         match_names(tensors, named)
-        for name, (_, parameter) in named.items():
-            found = tensors[name]
-            if found.shape != parameter.shape:
+        for name, trained in named.items():
+            found, expected = tensors[name], trained.write(trained.parameter.detach()).shape
+            if found.shape != expected:
                 raise UserError(
-                    f"adapter: {name} has the shape {tuple(found.shape)}, expected {tuple(parameter.shape)}: "
+                    f"adapter: {name} has the shape {tuple(found.shape)}, expected {tuple(expected)}: "
                     "it was trained with other options (rank, targets) or on another base"
                 )
             with torch.no_grad():
-                parameter.copy_(found)
+                trained.parameter.copy_(trained.read(found))
 
     def readable(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """The tensors of a file under the names that `state` gives; a method may know other spellings."""

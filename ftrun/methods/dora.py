@@ -33,8 +33,8 @@ class DoRALinear(lora.LoRALinear):
         # ‖W‖² of each row: derived from the base, so it is in no file
         self.register_buffer("square", torch.zeros_like(self.magnitude, dtype=torch.float32), persistent=False)
 
-    def own(self) -> dict[str, tuple[str, nn.Parameter]]:
-        return {**super().own(), "lora_magnitude_vector": ("magnitude", self.magnitude)}
+    def own(self) -> dict[str, base.Trained]:
+        return {**super().own(), "lora_magnitude_vector": base.Trained("magnitude", self.magnitude)}
 
     def prepare(self) -> None:
         with torch.no_grad():

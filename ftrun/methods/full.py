@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ftrun.errors import UserError
-from ftrun.kernels.dense import Dense, Experts
+from ftrun.kernels.dense import Dense
 from ftrun.methods import base
 from ftrun.schema import option
 from ftrun.selection import check_targets, parse_layers
@@ -64,7 +64,7 @@ class Tuner(base.Tuner[Options]):
                 yield owner, leaf
                 continue
             for module in owner.modules():
-                if isinstance(module, Dense | Experts):
+                if isinstance(module, Dense) and "weight" not in module._parameters:
                     raise UserError(
                         f"method=full: {name or 'the model'} is quantised and cannot be trained itself; use "
                         "quant=none, or method=lora over the quantised base"
@@ -81,11 +81,9 @@ class Tuner(base.Tuner[Options]):
     def initialise(self, model: nn.Module, seed: int, tokenizer: Any = None) -> None:
         """Nothing to draw: training starts from the base."""
 
-    def named(self, model: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:
-        return {
-            name: ("matrices" if model.get_parameter(name).ndim > 1 else "vectors", model.get_parameter(name))
-            for name in self._names
-        }
+    def named(self, model: nn.Module) -> dict[str, base.Trained]:
+        found = {name: model.get_parameter(name) for name in self._names}
+        return {n: base.Trained("matrices" if p.ndim > 1 else "vectors", p) for n, p in found.items()}
 
     def readable(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         # a whole model's folder also holds what this job does not train

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,12 @@ from ftrun.schema import option
 from ftrun.selection import parse_layers
 from ftrun.values import Anatomy, Block
 
-_ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh}
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
 
 
 @dataclass(frozen=True)
@@ -47,12 +53,12 @@ class Bottleneck(base.Wrapper):
         self.up = base.parameter((width, size), module, dtype)
         self.up_bias = base.parameter((width,), module, dtype)
 
-    def own(self) -> dict[str, tuple[str, nn.Parameter]]:
+    def own(self) -> dict[str, base.Trained]:
         return {
-            "adapter_down.weight": ("other", self.down),
-            "adapter_down.bias": ("vectors", self.down_bias),
-            "adapter_up.weight": ("other", self.up),
-            "adapter_up.bias": ("vectors", self.up_bias),
+            "adapter_down.weight": base.Trained("other", self.down),
+            "adapter_down.bias": base.Trained("vectors", self.down_bias),
+            "adapter_up.weight": base.Trained("other", self.up),
+            "adapter_up.bias": base.Trained("vectors", self.up_bias),
         }
 
     def reset(self, seed: int) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ftrun.errors import UserError
-from ftrun.methods.base import Wrapper, parameter, with_weight
+from ftrun.methods.base import Trained, Wrapper, parameter, with_weight
 from ftrun.values import Anatomy
 
 
@@ -24,10 +24,10 @@ class Kept(Wrapper):
         self.kept_bias = None if self.bias is None else parameter(tuple(self.bias.shape), base, dtype)
         self._plain: dict[str, nn.Parameter] = partner._plain if partner else {}
 
-    def own(self) -> dict[str, tuple[str, nn.Parameter]]:
-        found = {"weight": ("other", self.kept)}
+    def own(self) -> dict[str, Trained]:
+        found = {"weight": Trained("other", self.kept)}
         if self.kept_bias is not None:
-            found["bias"] = ("other", self.kept_bias)
+            found["bias"] = Trained("other", self.kept_bias)
         return found
 
     def reset(self, seed: int) -> None:
@@ -38,7 +38,7 @@ class Kept(Wrapper):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.enabled:
-            return self.base(x)  # type: ignore[no-any-return]
+            return self.base(x)
         if not isinstance(self.base, nn.Embedding):
             bias = None if self.kept_bias is None else self.kept_bias.to(x.dtype)
             return F.linear(x, self.kept.to(x.dtype), bias)
@@ -51,7 +51,8 @@ class Kept(Wrapper):
     def merged(self) -> nn.Module:
         clone = with_weight(self.base, self.merged_weight())
         # tied before, tied after
-        clone._parameters["weight"] = self._plain.setdefault("weight", clone._parameters["weight"])
+        assert isinstance(clone.weight, nn.Parameter)
+        clone._parameters["weight"] = self._plain.setdefault("weight", clone.weight)
         if self.kept_bias is not None:
             own = self.kept_bias.detach().to(self.base.bias.dtype)
             clone._parameters["bias"] = nn.Parameter(own, requires_grad=False)

@@ -16,6 +16,7 @@ from torch import nn
 from ftrun.errors import UserError
 from ftrun.kernels import lora as product
 from ftrun.kernels.dense import dense_weight, features, is_conv1d
+from ftrun.kernels.experts import ExpertsLinear, GroupedExperts, group_experts, grouped_product, why_not
 from ftrun.methods import base
 from ftrun.methods.files import peft_targets
 from ftrun.methods.kept import embed_scale, keep
@@ -55,8 +56,8 @@ class LoRALinear(base.Wrapper):
         self.lora_A = base.parameter((update.rank, wide), layer, update.dtype)
         self.lora_B = base.parameter((tall, update.rank), layer, update.dtype)
 
-    def own(self) -> dict[str, tuple[str, nn.Parameter]]:
-        return {"lora_A.weight": ("A", self.lora_A), "lora_B.weight": ("B", self.lora_B)}
+    def own(self) -> dict[str, base.Trained]:
+        return {"lora_A.weight": base.Trained("A", self.lora_A), "lora_B.weight": base.Trained("B", self.lora_B)}
 
     def reset(self, seed: int) -> None:
         draw_a(self.lora_A, self.update, self.generator(seed))
@@ -64,7 +65,7 @@ class LoRALinear(base.Wrapper):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.enabled:
-            return self.base(x)  # type: ignore[no-any-return]
+            return self.base(x)
         dropout = self.update.dropout if self.training else 0.0
         if self.update.kernels == "reference":
             return product.reference(x, self.base, self.lora_A, self.lora_B, self.scale, dropout)
@@ -88,8 +89,8 @@ class LoRAEmbedding(base.Wrapper):
         self.lora_A = base.parameter((update.rank, tokens), layer, update.dtype)
         self.lora_B = base.parameter((width, update.rank), layer, update.dtype)
 
-    def own(self) -> dict[str, tuple[str, nn.Parameter]]:
-        return {"lora_embedding_A": ("A", self.lora_A), "lora_embedding_B": ("B", self.lora_B)}
+    def own(self) -> dict[str, base.Trained]:
+        return {"lora_embedding_A": base.Trained("A", self.lora_A), "lora_embedding_B": base.Trained("B", self.lora_B)}
 
     def reset(self, seed: int) -> None:
         nn.init.zeros_(self.lora_A)
@@ -110,21 +111,74 @@ class LoRAEmbedding(base.Wrapper):
             return self.weight.float() + self.scale * (self.lora_B.float() @ self.lora_A.float()).T
 
 
+class LoRAExperts(base.Wrapper):
+    """Experts (experts, out, in) with an update each: x (tokens, in) sorted by expert, offsets -> (tokens, out).
+
+    A (experts, rank, in) and B (experts, out, rank) stand side by side in the file, as PEFT has them: (rank · experts,
+    in) and (out, rank · experts), there with the experts running fastest.
+    """
+
+    def __init__(self, name: str, layer: nn.Module, update: Update) -> None:
+        super().__init__(name, layer)
+        self.update, self.scale = update, update.scale
+        count, self.in_features, self.out_features = self.base.experts, self.base.in_features, self.base.out_features
+        self.lora_A = base.parameter((count, update.rank, self.in_features), layer, update.dtype)
+        self.lora_B = base.parameter((count, self.out_features, update.rank), layer, update.dtype)
+
+    def own(self) -> dict[str, base.Trained]:
+        count, rank = self.lora_A.shape[:2]
+        return {
+            "lora_A.weight": base.Trained(
+                "A", self.lora_A, lambda a: a.flatten(0, 1), lambda a: a.unflatten(0, (count, rank))
+            ),
+            "lora_B.weight": base.Trained(
+                "B",
+                self.lora_B,
+                lambda b: b.permute(1, 2, 0).flatten(1),
+                lambda b: b.unflatten(1, (rank, count)).permute(2, 0, 1),
+            ),
+        }
+
+    def reset(self, seed: int) -> None:
+        draw_a(self.lora_A, self.update, self.generator(seed))
+        nn.init.zeros_(self.lora_B)
+
+    def forward(self, x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.base(x, offsets)
+        if not self.enabled:
+            return out
+        # a grouped product needs rows of 16 bytes: the rank is filled up with zeros
+        fill = -self.update.rank % 8
+        a, b = F.pad(self.lora_A.to(x.dtype), (0, 0, 0, fill)), F.pad(self.lora_B.to(x.dtype), (0, fill))
+        seen = F.dropout(x, self.update.dropout, self.training)
+        return out + self.scale * grouped_product(grouped_product(seen, a, offsets), b, offsets)
+
+    def merged_weight(self) -> torch.Tensor:
+        with torch.no_grad():
+            update = self.scale * (self.lora_B.float() @ self.lora_A.float())
+            return self.base.dense(torch.float32) + update
+
+    def merged(self) -> nn.Module:
+        weight = self.merged_weight().to(self.base.dense().dtype)
+        return ExpertsLinear(nn.Parameter(weight, requires_grad=False))
+
+
 class LowRank(base.Tuner[L]):
     """The walk that LoRA and DoRA share: which sites, which ranks, what the file's config says."""
 
     def __init__(self, options: L) -> None:
         super().__init__(options)
         self._updates: dict[str, Update] = {}
-        self._modules: tuple[str, ...] = ()
+        self._every: tuple[str, ...] = ()
         self._conv1d = False
 
     def wrap(self, model: nn.Module, anatomy: Anatomy, kernels: str) -> list[base.Wrapper]:
-        self._modules = tuple(name for name, _ in model.named_modules())
+        self._every = tuple(name for name, _ in model.named_modules())
         self._updates = self.plan(anatomy, kernels)
         made: list[base.Wrapper] = []
         for site in anatomy.sites:
             made.append(self.layer(model, site, self._updates[site.name]))
+        _file_experts(made)
         self._conv1d = any(is_conv1d(wrapper.base) for wrapper in made)
         kept = keep(model, anatomy, self.options.modules_to_save, getattr(torch, self.options.dtype))
         return [*made, *kept]
@@ -146,6 +200,7 @@ class LowRank(base.Tuner[L]):
 
     def adapter_config(self, anatomy: Anatomy, base_name: str) -> dict[str, Any]:
         o, plan = self.options, self._updates
+        experts = {site.name for site in anatomy.sites if site.role.startswith("experts")}
         kept = [wrapper for wrapper, chosen in _kept_names(anatomy, o.modules_to_save).items() if chosen]
         config = {
             "peft_type": "LORA",
@@ -153,14 +208,16 @@ class LowRank(base.Tuner[L]):
             "base_model_name_or_path": base_name,
             "r": o.rank,
             "lora_alpha": o.alpha,
-            "lora_dropout": o.dropout,
+            # PEFT has no dropout for experts, and refuses the file
+            "lora_dropout": 0.0 if experts else o.dropout,
             "use_rslora": o.rslora,
             "use_dora": self.kind == "dora",
             "bias": "none",
             "fan_in_fan_out": self._conv1d,
             "inference_mode": True,
             "init_lora_weights": "gaussian" if o.init == "gaussian" else True,
-            "target_modules": peft_targets(plan, self._modules),
+            "target_modules": peft_targets(plan.keys() - experts, self._every),
+            "target_parameters": sorted(experts) or None,
             "rank_pattern": {name: u.rank for name, u in plan.items() if u.rank != o.rank},
             "alpha_pattern": {name: u.alpha for name, u in plan.items() if u.alpha != o.alpha},
             "modules_to_save": kept or None,
@@ -184,6 +241,30 @@ class Tuner(LowRank[Options]):
         return LoRALinear(site.name, module, update)
 
 
+def grouped(model: nn.Module, name: str) -> nn.Module:
+    """The experts' product `name` as a module of its own; its sublayer is turned into such modules where it is not yet.
+
+    Raises UserError where that cannot be done.
+    """
+    sublayer = model.get_submodule(name.rpartition(".")[0])
+    reason = None if isinstance(sublayer, GroupedExperts) else why_not(sublayer)
+    if reason:
+        raise UserError(f"targets: {name} holds experts that cannot be tuned apart: {reason}. Name other targets")
+    group_experts(sublayer, lambda _, parameter: ExpertsLinear(parameter))
+    return model.get_submodule(name)
+
+
+def _file_experts(made: list[base.Wrapper]) -> None:
+    """Names the experts' updates as PEFT does: one wrapper inside the other on the sublayer, the last one outermost."""
+    sublayers: dict[str, list[LoRAExperts]] = {}
+    for wrapper in made:
+        if isinstance(wrapper, LoRAExperts):
+            sublayers.setdefault(wrapper.name.rpartition(".")[0], []).append(wrapper)
+    for sublayer, inside in sublayers.items():
+        for depth, wrapper in enumerate(reversed(inside)):
+            wrapper.filed = sublayer + ".base_layer" * depth
+
+
 def _kept_names(anatomy: Anatomy, roles: list[str]) -> dict[str, bool]:
     everything = anatomy.tied and bool(roles)
     return {
@@ -198,4 +279,4 @@ def draw_a(a: nn.Parameter, update: Update, generator: torch.Generator) -> None:
         if update.init == "gaussian":
             a.copy_(torch.randn(a.shape, generator=generator) / update.rank)
         else:
-            a.copy_((torch.rand(a.shape, generator=generator) * 2 - 1) / math.sqrt(a.shape[1]))
+            a.copy_((torch.rand(a.shape, generator=generator) * 2 - 1) / math.sqrt(a.shape[-1]))

@@ -44,8 +44,8 @@ class Prompt(base.Wrapper):
         self.first = rows
         self.vectors = base.parameter((tokens, width), embedding, dtype)
 
-    def own(self) -> dict[str, tuple[str, nn.Parameter]]:
-        return {"prompt_embeddings": ("other", self.vectors)}
+    def own(self) -> dict[str, base.Trained]:
+        return {"prompt_embeddings": base.Trained("other", self.vectors)}
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         virtual = ids >= self.first
@@ -113,7 +113,7 @@ class Tuner(base.Tuner[Options]):
             raise UserError(f"method.text={self.options.text!r}: holds no token")
         return ids
 
-    def named(self, model: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:
+    def named(self, model: nn.Module) -> dict[str, base.Trained]:
         # PEFT's file holds this one name, without the module's
         return {name: item for wrapper in base.wrappers(model) for name, item in wrapper.own().items()}
 
