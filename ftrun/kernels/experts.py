@@ -9,7 +9,7 @@ Routing, order and sums are those of transformers' `grouped_mm_experts_forward` 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -113,16 +113,77 @@ class GroupedExperts(nn.Module):
 def grouped_product(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """Rows of x (tokens, in), sorted by expert, times their expert's matrix (experts, out, in): (tokens, out).
 
-    offsets int32 (experts,): where each expert's rows end.
+    offsets int32 (experts,): where each expert's rows end. x is cast to the weight's dtype; gradients flow to both.
     """
-    return grouped_mm(x, weight.transpose(-2, -1), offsets)
+    return grouped_mm(x.to(weight.dtype), weight.transpose(-2, -1), offsets)
 
 
 def grouped_mm(x: torch.Tensor, matrices: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """x (tokens, a) sorted by expert, matrices (experts, a, b) -> (tokens, b)."""
-    if hasattr(F, "grouped_mm"):
-        return F.grouped_mm(x.to(matrices.dtype), matrices, offs=offsets)
-    return torch._grouped_mm(x.to(matrices.dtype), matrices, offs=offsets)
+    """x (tokens, a) sorted by expert, matrices (experts, a, b), one dtype -> (tokens, b).
+
+    One kernel in bfloat16 where every size is a multiple of 8; a product an expert otherwise. A registered operator
+    (`ftrun::grouped_mm`), since torch's own has no fake tensors in float32 and refuses small ranks.
+    """
+    return torch.ops.ftrun.grouped_mm(x, matrices, offsets)
+
+
+def _grouped_mm(x: torch.Tensor, matrices: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    if _one_kernel(x, matrices):
+        return F.grouped_mm(x.contiguous(), matrices, offs=offsets)
+    out = x.new_empty(x.shape[0], matrices.shape[2])
+    for matrix, begin, end in _ranges(matrices, offsets):
+        torch.mm(x[begin:end], matrix, out=out[begin:end])
+    return out
+
+
+def _grouped_outer(x: torch.Tensor, y: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """x (tokens, a), y (tokens, b) -> x^T y of each expert's rows, (experts, a, b)."""
+    if _one_kernel(x, y):
+        return F.grouped_mm(x.contiguous().T, y.contiguous(), offs=offsets)
+    out = x.new_zeros(offsets.shape[0], x.shape[1], y.shape[1])
+    for matrix, begin, end in _ranges(out, offsets):
+        torch.mm(x[begin:end].T, y[begin:end], out=matrix)
+    return out
+
+
+def _one_kernel(x: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether torch's grouped product takes these: bfloat16, sizes of whole 16 bytes, torch 2.10, a recent GPU."""
+    if not hasattr(F, "grouped_mm") or x.dtype != torch.bfloat16 or x.shape[0] == 0:
+        return False
+    if any(size % 8 for size in (x.shape[1], *other.shape[1:])):
+        return False
+    return not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
+def _ranges(matrices: torch.Tensor, offsets: torch.Tensor) -> Iterator[tuple[torch.Tensor, int, int]]:
+    begin = 0
+    for index, end in enumerate(offsets.tolist()):
+        if end > begin:
+            yield matrices[index], begin, end
+        begin = end
+
+
+def _keep(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    x, matrices, offsets = inputs
+    for_x, for_matrices = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(x if for_matrices else None, matrices if for_x else None, offsets)
+
+
+def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+    x, matrices, offsets = ctx.saved_tensors
+    for_x = None if matrices is None else grouped_mm(grad, matrices.transpose(-2, -1), offsets)
+    return for_x, None if x is None else torch.ops.ftrun.grouped_outer(x, grad, offsets), None
+
+
+def _register() -> None:
+    define, implement, fake = torch.library.define, torch.library.impl, torch.library.register_fake
+    define("ftrun::grouped_mm", "(Tensor x, Tensor matrices, Tensor offsets) -> Tensor")
+    implement("ftrun::grouped_mm", "default", _grouped_mm)
+    fake("ftrun::grouped_mm", lambda x, matrices, offsets: x.new_empty(x.shape[0], matrices.shape[2]))
+    define("ftrun::grouped_outer", "(Tensor x, Tensor y, Tensor offsets) -> Tensor")
+    implement("ftrun::grouped_outer", "default", _grouped_outer)
+    fake("ftrun::grouped_outer", lambda x, y, offsets: x.new_empty(offsets.shape[0], x.shape[1], y.shape[1]))
+    torch.library.register_autograd("ftrun::grouped_mm", _gradients, setup_context=_keep)
 
 
 def routed(
@@ -146,3 +207,6 @@ def routed(
     back = torch.empty_like(order)
     back[order] = torch.arange(order.shape[0], device=order.device)
     return out[back].view(hidden.shape[0], k, -1).sum(dim=1).to(hidden.dtype)
+
+
+_register()
