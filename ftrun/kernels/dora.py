@@ -42,7 +42,7 @@ def factored_norm(
 
 def plain_norm(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
     """‖W + s B A‖ as it is written, by an (out, in) matrix: the referee of `factored_norm`."""
-    return torch.linalg.vector_norm(weight.float() + scale * (b.float() @ a.float()), dim=1)
+    return squares(weight.float() + scale * (b.float() @ a.float())).sqrt()
 
 
 def reference(

@@ -163,6 +163,19 @@ class Tuner(Generic[O]):
             with torch.no_grad():
                 trained.parameter.copy_(trained.read(found))
 
+    def check(self, config: Mapping[str, Any]) -> None:
+        """UserError where a file's adapter_config.json means another function than these options do (its scale, say)."""
+        for key, own in self.meaning().items():
+            found = config.get(key)
+            if found != own:
+                raise UserError(
+                    f"adapter: {key} is {found!r} in its adapter_config.json, and {own!r} by this job's method={self.kind}"
+                )
+
+    def meaning(self) -> dict[str, Any]:
+        """The keys of adapter_config.json that decide what the saved values mean."""
+        return {}
+
     def readable(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """The tensors of a file under the names that `state` gives; a method may know other spellings."""
         return tensors

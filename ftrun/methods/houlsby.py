@@ -106,13 +106,15 @@ class Tuner(base.Tuner[Options]):
             raise UserError(f"method.placement={placement}: {block.name} has no feed-forward module to stand after")
         return [block.attention_out, after] if placement == "both" else [after]
 
-    def adapter_config(self, anatomy: Anatomy, base_name: str) -> dict[str, Any]:
+    def meaning(self) -> dict[str, Any]:
         o = self.options
         return {
             "method": "houlsby",
-            "base_model_name_or_path": base_name,
             "bottleneck": o.bottleneck,
             "placement": o.placement,
             "activation": o.activation,
-            "layers": [block.index for block in anatomy.blocks],
         }
+
+    def adapter_config(self, anatomy: Anatomy, base_name: str) -> dict[str, Any]:
+        layers = [block.index for block in anatomy.blocks]
+        return {**self.meaning(), "base_model_name_or_path": base_name, "layers": layers}

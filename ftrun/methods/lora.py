@@ -198,28 +198,34 @@ class LowRank(base.Tuner[L]):
             made[name] = Update(rank, alphas[name], scale, o.dropout, o.init, getattr(torch, o.dtype), kernels)
         return made
 
+    def meaning(self) -> dict[str, Any]:
+        o = self.options
+        return {
+            "peft_type": "LORA",
+            "r": o.rank,
+            "lora_alpha": o.alpha,
+            "use_rslora": o.rslora,
+            "use_dora": self.kind == "dora",
+            "rank_pattern": {name: u.rank for name, u in self._updates.items() if u.rank != o.rank},
+            "alpha_pattern": {name: u.alpha for name, u in self._updates.items() if u.alpha != o.alpha},
+        }
+
     def adapter_config(self, anatomy: Anatomy, base_name: str) -> dict[str, Any]:
         o, plan = self.options, self._updates
         experts = {site.name for site in anatomy.sites if site.role.startswith("experts")}
         kept = [wrapper for wrapper, chosen in _kept_names(anatomy, o.modules_to_save).items() if chosen]
         config = {
-            "peft_type": "LORA",
+            **self.meaning(),
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": base_name,
-            "r": o.rank,
-            "lora_alpha": o.alpha,
             # PEFT has no dropout for experts, and refuses the file
             "lora_dropout": 0.0 if experts else o.dropout,
-            "use_rslora": o.rslora,
-            "use_dora": self.kind == "dora",
             "bias": "none",
             "fan_in_fan_out": self._conv1d,
             "inference_mode": True,
             "init_lora_weights": "gaussian" if o.init == "gaussian" else True,
             "target_modules": peft_targets(plan.keys() - experts, self._every),
             "target_parameters": sorted(experts) or None,
-            "rank_pattern": {name: u.rank for name, u in plan.items() if u.rank != o.rank},
-            "alpha_pattern": {name: u.alpha for name, u in plan.items() if u.alpha != o.alpha},
             "modules_to_save": kept or None,
         }
         if kept and anatomy.tied:
@@ -232,9 +238,7 @@ class Tuner(LowRank[Options]):
 
     def layer(self, model: nn.Module, site: Site, update: Update) -> base.Wrapper:
         if site.role.startswith("experts"):
-            raise UserError(
-                f"method=lora: {site.name} holds experts as one parameter; LoRA on experts is not available"
-            )
+            return LoRAExperts(site.name, grouped(model, site.name), update)
         module = model.get_submodule(site.name)
         if isinstance(module, nn.Embedding):
             return LoRAEmbedding(site.name, module, update)

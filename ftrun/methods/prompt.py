@@ -117,13 +117,15 @@ class Tuner(base.Tuner[Options]):
         # PEFT's file holds this one name, without the module's
         return {name: item for wrapper in base.wrappers(model) for name, item in wrapper.own().items()}
 
+    def meaning(self) -> dict[str, Any]:
+        return {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": self.options.tokens}
+
     def adapter_config(self, anatomy: Anatomy, base_name: str) -> dict[str, Any]:
         return {
-            "peft_type": "PROMPT_TUNING",
+            **self.meaning(),
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": base_name,
             "inference_mode": True,
-            "num_virtual_tokens": self.options.tokens,
             "num_transformer_submodules": 1,
             "prompt_tuning_init": "RANDOM",
             **self._facts,
