@@ -12,6 +12,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ftrun.errors import UserError, nearest, unknown
 
+# read by some models whose config class does not declare it (Qwen3-MoE)
+_UNDECLARED = ("model_type", "architectures", "dtype", "head_dim")
 _WRONG = (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError)
 
 
@@ -22,7 +24,7 @@ def from_arch(arch: dict[str, Any], where: str) -> PretrainedConfig:
         raise UserError(unknown(f"{where}: model_type", family, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
     plain = CONFIG_MAPPING[family]()
     for key in arch:
-        if key not in ("model_type", "architectures", "dtype") and not hasattr(plain, key):
+        if key not in _UNDECLARED and not hasattr(plain, key):
             known = [k for k in {**plain.to_dict(), **plain.attribute_map} if not k.startswith("_")]
             raise UserError(unknown(f"{where}: {family} has no such fact:", key, known))
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]
