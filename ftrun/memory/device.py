@@ -1,0 +1,87 @@
+"""The device that a job is planned for and runs on: what it is, and how much memory there is on it."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from ftrun.errors import UserError
+from ftrun.memory.sizes import parse_size
+from ftrun.schema import option
+
+
+@dataclass(frozen=True)
+class Options:
+    type: str = option("auto", "auto (a CUDA device where there is one, else the CPU)", choices=("auto", "cpu", "cuda"))
+    name: str | None = option(None, "what it is called in messages; null = as the machine calls it")
+    memory: int | str | None = option(None, "bytes, or as 24GB (1e9 each) or 24GiB (2^30 each); null = as found")
+    bf16: bool | None = option(None, "whether it computes in bfloat16; null = as found")
+
+    def __post_init__(self) -> None:
+        if self.memory is not None:
+            parse_size(self.memory, "device.memory")
+
+
+@dataclass(frozen=True)
+class Device:
+    """type: "cpu" or "cuda". Bytes: all there is, and what is free now. present: whether this machine has it."""
+
+    type: str
+    name: str
+    total_bytes: int
+    free_bytes: int
+    bf16: bool
+    present: bool
+
+
+def resolve(options: Options) -> Device:
+    """The device of the options, as this machine has it, or as the options describe it where it has not.
+
+    A size in the options is a ceiling on a device that is present. Raises UserError where a CUDA device is asked for
+    without a size, and there is none.
+    """
+    asked = None if options.memory is None else parse_size(options.memory, "device.memory")
+    if options.type == "cpu":
+        return _cpu(options, asked)
+    import torch
+
+    if torch.cuda.is_available():
+        return _cuda(options, asked)
+    if options.type == "auto":
+        return _cpu(options, asked)
+    if asked is None:
+        raise UserError(
+            "device=cuda: expected a CUDA device, or device.memory=24GB to plan for one, found neither; "
+            "device=auto takes what there is"
+        )
+    return Device("cuda", options.name or "CUDA", asked, asked, options.bf16 is not False, present=False)
+
+
+def _cuda(options: Options, asked: int | None) -> Device:
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    ceiling = asked or total
+    name = options.name or torch.cuda.get_device_name()
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if options.bf16 is None else options.bf16
+    # a device that is larger than this machine's can only be planned for
+    return Device("cuda", name, ceiling, min(free, ceiling) if ceiling <= total else ceiling, bf16, ceiling <= total)
+
+
+def _cpu(options: Options, asked: int | None) -> Device:
+    from ftrun.memory.host import memory
+
+    total, free = memory()
+    ceiling = asked or total
+    name = options.name or _processor()
+    return Device("cpu", name, ceiling, min(free, ceiling), options.bf16 is not False, ceiling <= total)
+
+
+@functools.cache
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else "CPU"

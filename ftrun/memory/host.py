@@ -1,0 +1,63 @@
+"""Host memory that this process may still take: the machine's, its cgroup's (v1 and v2) and its own limits."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+_UNLIMITED = 1 << 60  # v1 writes "no limit" as a number a little below 2^63
+_PAGE = resource.getpagesize()
+
+
+def memory(root: Path = Path("/")) -> tuple[int, int]:
+    """(total, free) bytes: the tightest of every limit. root: where /proc and /sys lie."""
+    pairs = [_machine(root), *_cgroups(root)]
+    soft = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if soft != resource.RLIM_INFINITY:
+        size = int((root / "proc/self/statm").read_text().split()[0]) * _PAGE
+        pairs.append((soft, soft - size))
+    return min(total for total, _ in pairs), max(0, min(free for _, free in pairs))
+
+
+def _machine(root: Path) -> tuple[int, int]:
+    lines = (root / "proc/meminfo").read_text().splitlines()
+    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if len(line.split()) > 1}
+    return sizes["MemTotal"], sizes.get("MemAvailable", sizes["MemFree"])
+
+
+def _cgroups(root: Path) -> Iterator[tuple[int, int]]:
+    """(limit, free) of each group that this process is in, up to the root: a parent's limit holds as well."""
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        mount = root / "sys/fs/cgroup/memory"
+        if not controllers:
+            names, mount = ("memory.max", "memory.current", "inactive_file"), root / "sys/fs/cgroup"
+        group = mount / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if not folder.is_relative_to(mount):
+                break
+            limit = _number(folder / names[0])
+            if limit is not None and limit < _UNLIMITED:
+                yield limit, limit - (_number(folder / names[1]) or 0) + _reclaimable(folder, names[2])
+
+
+def _reclaimable(folder: Path, key: str) -> int:
+    """Cached files count as used, and are given up as soon as memory is asked for."""
+    rows = (line.split() for line in _text(folder / "memory.stat").splitlines())
+    return next((int(row[1]) for row in rows if row[0] == key), 0)
+
+
+def _number(path: Path) -> int | None:
+    text = _text(path).strip()
+    return int(text) if text.isdigit() else None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
