@@ -91,7 +91,8 @@ def describe(hint: Any, meta: Mapping[str, Any]) -> str:
     if meta.get("choices"):
         words = "one of " + ", ".join("null" if c is None else str(c) for c in meta["choices"])
     bounds = [text.format(meta["bounds"][k]) for k, text in _BOUNDS.items() if k in meta.get("bounds", {})]
-    return ", ".join([words, " and ".join(bounds)] if bounds else [words])
+    text = ", ".join([words, " and ".join(bounds)] if bounds else [words])
+    return f"{text} ({meta['doc']})" if meta.get("pattern") else text
 
 
 def field_types(cls: type) -> dict[str, Any]:
@@ -182,7 +183,7 @@ def _words(hint: Any) -> str:
     if origin in (list, tuple):
         return "a list [a,b]"
     if origin is dict:
-        return "a mapping {key: value}"
+        return f"a mapping {{key: {_words(args[1])}}}" if args else "a mapping {key: value}"
     names = {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "null"}
     return names.get(hint, getattr(hint, "__name__", str(hint)))
 
@@ -204,7 +205,8 @@ def read_options(path: Path) -> type:
     heavy imports stay untouched. Raises KeyError where the file declares no `Options`.
     """
     tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-    wanted, body = {"Options"}, []
+    wanted: set[str] = {"Options"}
+    body: list[ast.stmt] = []
     for node in reversed(tree.body):
         names = _defined(node)
         if isinstance(node, ast.ImportFrom) and node.module == "__future__":
@@ -212,8 +214,7 @@ def read_options(path: Path) -> type:
         elif names & wanted:
             body.append(node)
             wanted |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} | _annotations(node)
-    namespace: dict[str, Any] = {"__name__": f"{path.stem}_options"}
-    module = types.ModuleType(namespace["__name__"])
+    module = types.ModuleType(f"options of {path}")
     # dataclasses look their module up to resolve annotations
     sys.modules[module.__name__] = module
     exec(compile(ast.Module(body[::-1], []), str(path), "exec"), module.__dict__)

@@ -1,0 +1,122 @@
+"""The command line: a verb, then Hydra's overrides. Chooses, composes, hands over; no logic of its own."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ftrun.errors import Interrupted, RunFailed, UserError, unknown
+
+# verb -> its task: a module with `run(job, **options) -> exit code`; its docstring is the verb's help, and a class
+# `Options`, where it has one, says what the verb takes besides the job's keys
+VERBS = {"train": "ftrun.tasks.train", "data": "ftrun.tasks.data"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit code (0, 2, 3, 4, 130: see ftrun.errors)."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = any(word.lower() == "debug=true" for word in given)
+    try:
+        return _dispatch(given)
+    except (UserError, RunFailed, Interrupted) as error:
+        if debug:
+            raise
+        print(f"ftrun: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("ftrun: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # the reader of a pipe left: not our failure, and nothing more can be said to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(given: list[str]) -> int:
+    from ftrun import hydra_flags
+
+    flags = hydra_flags.split(given)
+    if "--shell-completion" in flags.valued:
+        from ftrun.completion import answer
+
+        return answer(flags.valued["--shell-completion"], list(VERBS))
+    if "--version" in flags.alone:
+        from importlib.metadata import version
+
+        print(f"ftrun {version('ftrun')}")
+        return 0
+    verb, overrides = _verb(flags.words)
+    if "--help" in flags.alone:
+        from ftrun.help import show
+
+        return show(verb, {name: task_file(name) for name in VERBS}, overrides, flags.config_dirs)
+    if flags.valued.get("--cfg") == "job":
+        _, overrides = verb_options(verb or "train", overrides)
+        resolve = "--resolve" in flags.alone
+        return hydra_flags.show_job(overrides, flags.config_dirs, flags.valued.get("--package"), resolve)
+    if {"--cfg", "--info"} & flags.valued.keys():
+        return hydra_flags.hand_over(flags, verb_options(verb or "train", overrides)[1])
+    if "--multirun" in flags.alone:
+        from ftrun.tasks.multirun import run_all
+
+        own = [word for word in overrides if word.partition("=")[0] in verb_options(verb or "train", ())[0]]
+        return run_all([verb or "train", *own], [w for w in overrides if w not in own], flags.config_dirs)
+    return run_verb(verb or "train", overrides, flags.config_dirs)
+
+
+def _verb(words: list[str]) -> tuple[str | None, list[str]]:
+    """(the verb, None where none is given; the overrides)."""
+    first = words[0] if words else "="
+    if "=" in first or first.startswith(("~", "+")):
+        return None, words
+    if first not in VERBS:
+        raise UserError(unknown("the verb", first, VERBS) + ". Keys are set as KEY=VALUE")
+    return first, words[1:]
+
+
+def run_verb(verb: str, overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> int:
+    """Compose the job and run the verb's task on it."""
+    from ftrun.compose import compose
+
+    own, overrides = verb_options(verb, overrides)
+    job = compose(overrides, config_dirs)
+    return int(importlib.import_module(VERBS[verb]).run(job, **own))
+
+
+def task_file(verb: str) -> Path:
+    """The file of a verb's task, found without importing it."""
+    return Path(__file__).parent.joinpath(*VERBS[verb].split(".")[1:]).with_suffix(".py")
+
+
+def verb_options(verb: str, overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """(the verb's own options, typed and with defaults; the overrides that are left for the job)."""
+    import dataclasses
+
+    import yaml
+
+    from ftrun import schema
+    from ftrun.help import verb_options as declared
+    from ftrun.shell import is_text, plain
+
+    cls = declared(task_file(verb))
+    if cls is None:
+        return {}, list(overrides)
+    fields, values, rest = schema.fields_by_key(cls), {}, []
+    for text in overrides:
+        key, _, value = text.partition("=")
+        if key in fields:
+            values[key] = plain(key, value) if is_text(key, value) else yaml.safe_load(value)
+        else:
+            rest.append(text)
+    made = schema.build(cls, values)
+    return {field.name: getattr(made, field.name) for field in dataclasses.fields(cls)}, rest
+
+
+if __name__ == "__main__":
+    sys.exit(main())
