@@ -6,6 +6,7 @@ A (rank, in) is drawn, B (out, rank) starts at zero, so the first step sees the 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -197,6 +198,25 @@ class LowRank(base.Tuner[L]):
             scale = alphas[name] / (math.sqrt(rank) if o.rslora else rank)
             made[name] = Update(rank, alphas[name], scale, o.dropout, o.init, getattr(torch, o.dtype), kernels)
         return made
+
+    def readable(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """Without the base's own embedding and head, which PEFT files beside their updates."""
+        own = {
+            f"{base.FILE_PREFIX}{wrapper.name}.base_layer.{leaf}": getattr(wrapper, leaf, None)
+            for wrapper in base.wrappers(model)
+            for leaf in ("weight", "bias")
+        }
+        kept = {}
+        for name, tensor in tensors.items():
+            weight = own.get(name)
+            if weight is None:
+                kept[name] = tensor
+            elif weight.shape != tensor.shape or not torch.equal(weight.cpu(), tensor.to(weight.dtype)):
+                raise UserError(
+                    f"adapter: its {name} {tuple(tensor.shape)} is not this base's {tuple(weight.shape)}: it was "
+                    "trained on another base, or with tokens added to the vocabulary"
+                )
+        return kept
 
     def meaning(self) -> dict[str, Any]:
         o = self.options
