@@ -1,0 +1,108 @@
+"""Which rows a step takes, which device takes which of them, and rows as tensors.
+
+Everything follows from numbers: a step's rows are the same whoever asks, on whatever device, after whatever restart.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from ftrun.data.rows import Rows
+from ftrun.values import IGNORE, Batch
+
+
+def order(n_rows: int, seed: int, epoch: int) -> np.ndarray:
+    """(n_rows,) int64: the rows in the order of an epoch, read-only."""
+    return _order(n_rows, seed, epoch)
+
+
+@functools.lru_cache(maxsize=4)
+def _order(n_rows: int, seed: int, epoch: int) -> np.ndarray:
+    made = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(n_rows)
+    made.flags.writeable = False
+    return made
+
+
+def steps_in(epochs: float, n_rows: int, batch: int) -> int:
+    """Steps of `epochs` passes over the rows: the last batch of a pass may be smaller, and counts."""
+    whole = int(epochs)
+    return whole * math.ceil(n_rows / batch) + math.ceil(round((epochs - whole) * n_rows, 6) / batch)
+
+
+def step_rows(n_rows: int, batch: int, step: int, seed: int, *, by_epoch: bool = False) -> list[int]:
+    """The rows of a step, counted from 0.
+
+    by_epoch (a job told `epochs`): an epoch's last batch is as small as what is left, and the next epoch starts anew.
+    Else (a job told `steps`): each batch is full, and goes on into the next epoch where one ends.
+    """
+    if by_epoch:
+        epoch, place = divmod(step, math.ceil(n_rows / batch))
+        return order(n_rows, seed, epoch)[place * batch : (place + 1) * batch].tolist()
+    rows: list[int] = []
+    place = step * batch
+    while len(rows) < batch:
+        epoch, start = divmod(place + len(rows), n_rows)
+        rows += order(n_rows, seed, epoch)[start : start + batch - len(rows)].tolist()
+    return rows
+
+
+def micro(
+    rows_of_step: Sequence[int],
+    micro_batch: int,
+    rank: int = 0,
+    world: int = 1,
+    lengths: np.ndarray | None = None,
+) -> list[list[int]]:
+    """This device's micro-batches of a step: together the devices take each row once.
+
+    Every device gets the same number of them; where rows run out, the last are empty, for the device to pass by.
+    lengths: with them rows of like length share a micro-batch (less padding), and devices get like loads; the sum of
+    the gradients is the same in any order.
+    """
+    rows = list(rows_of_step)
+    if lengths is not None:
+        # a stable sort: equal lengths keep the step's order
+        rows.sort(key=lambda row: -int(lengths[row]))
+    mine = rows[rank::world]
+    count = math.ceil(math.ceil(len(rows) / world) / micro_batch)
+    return [mine[i * micro_batch : (i + 1) * micro_batch] for i in range(count)]
+
+
+def collate(rows: Rows, indices: Sequence[int], packed: bool, pad_id: int) -> Batch:
+    """Rows as one micro-batch, shifted: the target at i is the row's token i + 1 where that is learnt, else IGNORE.
+
+    packed: (1, sum(lengths)), the rows one after another, positions restarting with each. Else (rows, max(lengths)),
+    padded right with pad_id, position 0 and IGNORE.
+    """
+    if not len(indices):
+        raise ValueError("a micro-batch of no rows")
+    ids = [rows.ids(i) for i in indices]
+    lengths = tuple(len(one) for one in ids)
+    shape = (1, sum(lengths)) if packed else (len(ids), max(lengths))
+    inputs = np.full(shape, pad_id, np.int64)
+    positions = np.zeros(shape, np.int64)
+    targets = np.full(shape, IGNORE, np.int64)
+    start = 0
+    for i, (index, one) in enumerate(zip(indices, ids, strict=True)):
+        line, first = (0, start) if packed else (i, 0)
+        size = len(one)
+        inputs[line, first : first + size] = one
+        positions[line, first : first + size] = np.arange(size)
+        learn = rows.learn(index)[1:].astype(bool)
+        targets[line, first : first + size - 1] = np.where(learn, one[1:], IGNORE)
+        start += size
+    return Batch(
+        input_ids=torch.from_numpy(inputs),
+        position_ids=torch.from_numpy(positions),
+        targets=torch.from_numpy(targets),
+        lengths=lengths,
+        packed=packed,
+        tokens=sum(lengths),
+        supervised=int((targets != IGNORE).sum()),
+        rows=tuple(int(i) for i in indices),
+    )
