@@ -12,8 +12,9 @@ import numpy as np
 
 from ftrun.data.options import DataOptions
 from ftrun.data.record import Bad, Records, RowError
+from ftrun.data.render import Rendered, Renderer
 from ftrun.data.shapes import Chat, Text, read
-from ftrun.data.template import Rendered, Renderer, adds_bos
+from ftrun.data.template import adds_bos
 from ftrun.errors import UserError
 
 BATCH = 1000  # rows tokenised at once

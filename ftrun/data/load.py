@@ -62,7 +62,8 @@ def load(
     room = seq_len - len(prefix_ids)
     if room < 2:
         raise UserError(
-            f"seq_len={seq_len}: the prompt's {len(prefix_ids)} tokens leave {max(room, 0)} for a row, expected 2 or more"
+            f"seq_len={seq_len}: the prompt's {len(prefix_ids)} tokens leave {max(room, 0)} for a row, "
+            "expected 2 or more"
         )
     template = adopt(tokenizer, options.template, say)
     stamp = _stamp(tokenizer)
@@ -217,6 +218,5 @@ def _warn(stores: list[store.Store], say: Callable[[str], None]) -> None:
             say(f"data: {count:,} {rows} {text} left out; the first: {first['where']}: {first['why']}")
     cut = sum(one.facts["counts"].get("truncated", 0) for one in stores)
     if cut:
-        say(
-            f"data: {cut:,} {'row' if cut == 1 else 'rows'} longer than seq_len cut (data.overlong=drop leaves them out)"
-        )
+        rows = "row" if cut == 1 else "rows"
+        say(f"data: {cut:,} {rows} longer than seq_len cut (data.overlong=drop leaves them out)")

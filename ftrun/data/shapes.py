@@ -95,6 +95,10 @@ def _messages(row: Record, options: DataOptions) -> Chat:
 
 def _prompt_completion(row: Record, options: DataOptions) -> Chat:
     prompt, completion = row["prompt"], _column(row, _COMPLETION)
+    before: list[Message]
+    after: list[Message]
+    flags: list[bool | None]
+    more: list[bool | None]
     if isinstance(prompt, str):
         before, flags = [{"role": "user", "content": text(prompt, "prompt")}], [None]
     else:

@@ -34,8 +34,8 @@ def data_report(corpus: Corpus, tokenizer: Any, n: int) -> dict[str, Any]:
     """The first n training rows and the whole corpus in figures, as a JSON-able dict.
 
     rows: {where, tokens, supervised, ids, texts, learnt, pieces: [{text, learnt}]}; lengths: {min, median, mean, p90,
-    p99, max, histogram: [{from, to, rows}]}; counts, left_out, sources, template as `Corpus` has them; supervised_share:
-    learnt tokens among all.
+    p99, max, histogram: [{from, to, rows}]}; supervised_share: learnt tokens among all; counts, left_out, sources and
+    template as `Corpus` has them.
     """
     train = corpus.train
     return {

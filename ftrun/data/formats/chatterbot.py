@@ -68,7 +68,7 @@ def _conversations(path: Path) -> Iterator[tuple[int, list[str] | Bad]]:
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     with open(path, encoding="utf-8") as stream:
-        root = yaml.compose(stream, Loader=loader)
+        root: Any = yaml.compose(stream, Loader=loader)
     listed = next((value for key, value in root.value if key.value == "conversations"), None)
     for node in listed.value if listed is not None else ():
         yield node.start_mark.line + 1, _turns(node)

@@ -101,6 +101,7 @@ def _header(reader: Iterator[list[str]], path: Path, delimiter: str) -> list[str
     if len(names) == 1 and (other := next((c for c in "\t;|" if c in names[0] and c != delimiter), None)):
         shown = "\\t" if other == "\t" else other
         raise UserError(
-            f"{path}:1: found one column {names[0]!r}, expected several. Is the delimiter another? data.delimiter='{shown}'"
+            f"{path}:1: found one column {names[0]!r}, expected several. "
+            f"Is the delimiter another? data.delimiter='{shown}'"
         )
     return names

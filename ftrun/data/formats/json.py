@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ftrun.data.files import digest, expand
-from ftrun.data.lines import unmarked, open_bytes
+from ftrun.data.lines import open_bytes, unmarked
 from ftrun.data.options import FileOptions
 from ftrun.data.record import Bad, Records
 from ftrun.errors import UserError

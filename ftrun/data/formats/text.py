@@ -19,7 +19,7 @@ BLOCK = 1 << 18  # characters tokenised at once
 class Options(FileOptions):
     """Plain text (a .txt file, a folder of them, or a glob) is learnt whole, in windows of seq_len tokens."""
 
-    FIXED: ClassVar[tuple[str, ...]] = ("columns", "loss_on", "template", "system", "overlong")
+    FIXED: ClassVar[tuple[str, ...]] = ("columns", "loss_on", "template", "system", "overlong", "limit")
 
 
 def check(options: Options) -> None:
