@@ -189,7 +189,8 @@ def _words(hint: Any) -> str:
 
 
 def _show(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return text if len(text) <= 160 else f"{text[:120]}…"
 
 
 def _kind(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ _TEXT = re.compile(r"prompt|run|out|job|repo|name|(\w+\.)+(prompt|text|template|
 _PATH = re.compile(r"(\w+\.)+(path|\w+_path)")
 # patterns on module names, text too
 _PATTERN = re.compile(r"(method\.)?targets")
+# longer values are read as YAML: the time of Hydra's grammar grows with the square of the length
+_LONG = 500
+_DEEP = 20
 _HOME = ("run", "out", "job", "repo", "path", "from")
 
 
@@ -143,7 +147,12 @@ def _read(argument: str, key: str, value: str, sign: str, multirun: bool) -> Ove
     from hydra.core.override_parser.types import Glob
     from hydra.errors import HydraException
 
-    mapping = _as_yaml(value) if value.startswith("{") and ": " in value else None
+    if _depth(value) > _DEEP:
+        raise UserError(f"{_short(argument)}: not understood: brackets within brackets, {_depth(value)} deep")
+    if len(value) > _LONG and not multirun:
+        collection = _as_yaml(value)
+        return Override(argument, key, escape(value) if collection is None else collection, sign)
+    mapping = _as_yaml(value) if value.startswith(("{", "[{")) and ": " in value else None
     if mapping is not None:
         return Override(argument, key, mapping, sign)
     try:
@@ -166,12 +175,18 @@ def _read(argument: str, key: str, value: str, sign: str, multirun: bool) -> Ove
     return Override(argument, key, None, sign, tuple(one.sweep_string_iterator()))
 
 
+def _depth(value: str) -> int:
+    """How deep brackets nest at most, quotes not considered."""
+    steps = itertools.accumulate((c in "[{(") - (c in "]})") for c in value)
+    return max(steps, default=0)
+
+
 def _as_yaml(value: str) -> Any:
     """A list or a mapping in YAML's own notation, which takes any key in quotes; None where it is neither."""
     import yaml
 
     try:
-        made = yaml.safe_load(value) if value.startswith(("{", "[")) else None
+        made = yaml.load(value, getattr(yaml, "CSafeLoader", yaml.SafeLoader)) if value[:1] in ("{", "[") else None
     except (yaml.YAMLError, ValueError, RecursionError):
         return None
     return escape(made) if isinstance(made, list | dict) else None
