@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ftrun.optim.options import OptimOptions, check_betas
-from ftrun.optim.paging import paging_note, silence
+from ftrun.optim.paging import paging_note
 from ftrun.schema import option
 
 
@@ -32,11 +32,11 @@ class Options(OptimOptions):
 
 def build(groups: list[dict[str, Any]], options: Options, device: str) -> torch.optim.Optimizer:
     """groups: params, lr and weight_decay of each. State: state1, state2 (uint8 with absmax, or float32)."""
-    # imported here: it probes the machine for two seconds, and only these jobs need it
-    from bitsandbytes.optim.optimizer import Optimizer2State
+    # imported here: bitsandbytes probes the machine for seconds, and only these jobs need it
+    from ftrun.optim.blockwise import TwoMoments, make
 
-    silence()
-    return Optimizer2State(
+    return make(
+        TwoMoments,
         "adam",
         groups,
         betas=options.betas,

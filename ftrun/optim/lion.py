@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ftrun.optim.options import OptimOptions, check_betas
-from ftrun.optim.paging import paging_note, silence
+from ftrun.optim.paging import paging_note
 from ftrun.schema import option
 
 
@@ -32,11 +32,11 @@ class Options(OptimOptions):
 
 def build(groups: list[dict[str, Any]], options: Options, device: str) -> torch.optim.Optimizer:
     """groups: params, lr and weight_decay of each. State: state1 (uint8 with absmax, or float32)."""
-    # imported here: it probes the machine for two seconds, and only these jobs need it
-    from bitsandbytes.optim.optimizer import Optimizer1State
+    # imported here: bitsandbytes probes the machine for seconds, and only these jobs need it
+    from ftrun.optim.blockwise import OneMoment, make
 
-    silence()
-    return Optimizer1State(
+    return make(
+        OneMoment,
         "lion",
         groups,
         betas=options.betas,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,11 +15,6 @@ def paging_note(name: str, paged: bool, device: str) -> list[str]:
     if paged and device != "cuda":
         return [f"{name}: paging needs CUDA; here the state stays in ordinary memory"]
     return []
-
-
-def silence() -> None:
-    """Keep bitsandbytes from saying in its own words what `paging_note` says."""
-    warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
 
 
 def paged_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -1,0 +1,36 @@
+"""bitsandbytes' optimisers, made fit for fake tensors. Importing this imports bitsandbytes, which takes seconds."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from bitsandbytes.optim.optimizer import Optimizer1State, Optimizer2State
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+class _Maps:
+    """The map from 8-bit codes to numbers, 256 float32: computed with `item()`, which fake tensors do not have."""
+
+    name2qmap: dict[str, torch.Tensor]
+
+    def fill_qmap(self) -> None:
+        if isinstance(torch.empty(0), FakeTensor):
+            self.name2qmap = {name: torch.empty(256) for name in ("dynamic", "udynamic")}
+        else:
+            super().fill_qmap()  # type: ignore[misc]
+
+
+class TwoMoments(_Maps, Optimizer2State):
+    """Adam's family. State of a parameter: state1 and state2, with qmap and absmax where they are uint8."""
+
+
+class OneMoment(_Maps, Optimizer1State):
+    """Lion's family. State of a parameter: state1, with qmap1 and absmax1 where it is uint8."""
+
+
+def make(kind: type, name: str, groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
+    """The optimiser; what `Options.notes` says of paging is not said again in bitsandbytes' words."""
+    warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+    return kind(name, groups, **options)
