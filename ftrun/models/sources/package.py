@@ -127,7 +127,7 @@ def _tensors(reader: Any, config: Any) -> dict[str, torch.Tensor]:
         match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", tensor.name)
         if match is None or match[2] not in (_LAYER if match[1] else _TOP):
             raise UserError(f"the package's GGUF file holds an unknown tensor, {tensor.name}")
-        weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type))
+        weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
         if match[2] in heads:
             weight = _unpermute(weight, heads[match[2]])
         name = f"model.layers.{match[1]}.{_LAYER[match[2]]}" if match[1] else _TOP[match[2]]
