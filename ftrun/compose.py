@@ -124,7 +124,8 @@ def _apply_file(
             message = f"{path}={value} and {root}={values[root]} are one option; make them equal"
             raise UserError(f"{file.shown}: {message}")
         _set(tree, root or path, escape(value))
-    return {path: f"{file.shown}: {references.get(path, path)}" for path in values}
+    shown = {path: f"{file.shown}: {references.get(path, path)}" for path in values}
+    return shown | {path: shown[root] for path, root in references.items() if root in shown}
 
 
 def _apply(
