@@ -33,7 +33,8 @@ class JsonLines:
 
     def evaluation(self, record: EvalRecord) -> None:
         row = asdict(record)
-        _write(self._evals, {**row, **row.pop("extra")})
+        extra = row.pop("extra")
+        _write(self._evals, {**row, **extra})
 
     def say(self, text: str) -> None:
         """Lines are for log.txt."""
