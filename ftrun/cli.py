@@ -86,6 +86,7 @@ def run_verb(verb: str, overrides: Sequence[str], config_dirs: Sequence[Path] = 
 
     own, overrides = verb_options(verb, overrides)
     job = compose(overrides, config_dirs)
+    job.check()
     return int(importlib.import_module(VERBS[verb]).run(job, **own))
 
 

@@ -94,6 +94,19 @@ class Job:
         """What job.yaml holds: the groups' choices, then the resolved tree."""
         return {"choices": self.choices, **self.tree}
 
+    def check(self) -> None:
+        """Ask each part what is wrong on this machine, before anything heavy is imported. Raises UserError.
+
+        A variant answers by a function `check(options)` of its file, or by a method `check()` of its options.
+        """
+        for group in ROOMS:
+            part = getattr(self, group)
+            check = schema.read_check(find_variant(group, part.kind)[1])
+            if check is not None:
+                check(part.options)
+            if hasattr(part.options, "check"):
+                part.options.check()
+
     def save_interval(self) -> tuple[int | None, float | None]:
         """(steps, seconds) between checkpoints; None for the one that does not apply."""
         if self.save_every is None or isinstance(self.save_every, int):

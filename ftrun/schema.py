@@ -17,7 +17,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -202,26 +202,44 @@ def _kind(value: Any) -> str:
 def read_options(path: Path) -> type:
     """The class `Options` of the Python file at `path`, without running the rest of the file.
 
-    Runs the file's `from … import …` lines that `Options` (and the constants and classes it names) needs;
-    heavy imports stay untouched. Raises KeyError where the file declares no `Options`.
+    Runs what `Options` names, and what that names: imports, constants, functions, classes. Heavy imports stay
+    untouched. Raises KeyError where the file declares no `Options`.
     """
-    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-    wanted: set[str] = {"Options"}
-    body: list[ast.stmt] = []
-    for node in reversed(tree.body):
-        names = _defined(node)
-        if isinstance(node, ast.ImportFrom) and node.module == "__future__":
-            body.append(node)
-        elif names & wanted:
-            body.append(node)
-            wanted |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} | _annotations(node)
-    module = types.ModuleType(f"options of {path}")
+    return _read(path, "Options")
+
+
+@functools.cache
+def read_check(path: Path) -> Callable[[Any], None] | None:
+    """The function `check(options)` of a variant's file, read in the same way; None where it has none.
+
+    It says what is wrong on this machine (no such file, no such package) before anything heavy is imported.
+    """
+    try:
+        return _read(path, "check")
+    except KeyError:
+        return None
+
+
+def _read(path: Path, name: str) -> Any:
+    """The object `name` of the file at `path`, from those of its statements that it needs."""
+    statements = ast.parse(path.read_text(encoding="utf-8"), filename=str(path)).body
+    needed: set[int] = set()
+    wanted, before = {name}, 0
+    while len(wanted) > before:
+        before = len(wanted)
+        for index, node in enumerate(statements):
+            if _defined(node) & wanted:
+                needed.add(index)
+                wanted |= _named(node)
+    if not any(name in _defined(statements[index]) for index in needed):
+        raise KeyError(f"{path} declares no {name}")
+    future = [n for n in statements if isinstance(n, ast.ImportFrom) and n.module == "__future__"]
+    kept = [statements[i] for i in sorted(needed) if statements[i] not in future]
+    module = types.ModuleType(f"{name} of {path}")
     # dataclasses look their module up to resolve annotations
     sys.modules[module.__name__] = module
-    exec(compile(ast.Module(body[::-1], []), str(path), "exec"), module.__dict__)
-    if "Options" not in module.__dict__:
-        raise KeyError(f"{path} declares no class Options")
-    return module.__dict__["Options"]
+    exec(compile(ast.Module([*future, *kept], []), str(path), "exec"), module.__dict__)
+    return module.__dict__[name]
 
 
 def _defined(node: ast.stmt) -> set[str]:
@@ -236,6 +254,16 @@ def _defined(node: ast.stmt) -> set[str]:
     return set()
 
 
-def _annotations(node: ast.stmt) -> set[str]:
-    texts = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
-    return {word for text in texts if len(text) < 80 for word in re.findall(r"[A-Za-z_]\w*", text)} & {"Any"}
+def _named(node: ast.AST) -> set[str]:
+    """The names that a statement needs in order to run; a function's annotations are never evaluated."""
+    if isinstance(node, ast.arg):
+        return set()
+    if isinstance(node, ast.Name):
+        return {node.id}
+    own: set[str] = set()
+    for field, child in ast.iter_fields(node):
+        if field == "returns":
+            continue
+        for one in child if isinstance(child, list) else [child]:
+            own |= _named(one) if isinstance(one, ast.AST) else set()
+    return own

@@ -27,7 +27,7 @@ def run_all(command: Sequence[str], overrides: Sequence[str], config_dirs: Seque
     lines = _placed(combinations, overrides)
     for shown, line in zip(combinations, lines, strict=True):
         try:
-            compose(line, config_dirs)
+            compose(line, config_dirs).check()
         except UserError as error:
             raise type(error)(f"{error} [in: {' '.join(shown)}]") from error
     dirs = [text for folder in config_dirs for text in ("--config-dir", str(folder))]
