@@ -215,7 +215,10 @@ class Encoder:
 
 
 def _learnt(starts: np.ndarray, ends: np.ndarray, spans: Iterable[tuple[int, int]]) -> np.ndarray:
-    """(tokens,) uint8: 1 where a token covers a character of a span; one that covers none, where it stands in one."""
+    """(tokens,) uint8: 1 where a token covers a character of a span; one that covers none, where it stands in one.
+
+    A token across a span's start (the header's line end joined with an answer's first space) is learnt.
+    """
     learn = np.zeros(len(starts), np.uint8)
     for a, b in spans:
         learn |= ((starts < b) & ((ends > a) | ((starts == ends) & (starts == a)))).astype(np.uint8)

@@ -79,7 +79,8 @@ class _Reader:
         self.path = path
         self.stream = open_bytes(path)
         self.decoder = codecs.getincrementaldecoder("utf-8")()
-        self.text, self.position, self.line = "", 0, 1
+        self.text, self.position = "", 0
+        self.line, self.column = 1, 0  # where the held text starts
         self.ended = False
         self._first = True
 
@@ -94,7 +95,7 @@ class _Reader:
             line = self.line + self.text.count("\n", self.position) + error.object[: error.start].count(b"\n")
             byte = error.object[error.start]
             raise UserError(f"{self.path}:{line}: found the byte 0x{byte:02x}, expected text in UTF-8") from error
-        self.line += self.text.count("\n", 0, self.position)
+        self.line, self.column = self.place(self.position)
         self.text, self.position = self.text[self.position :] + fresh, 0
 
     def skip(self) -> str:
@@ -126,9 +127,14 @@ class _Reader:
             self.more(max(_BLOCK, len(self.text) - self.position))
 
     def broken(self, position: int, what: str) -> UserError:
-        line = self.line + self.text.count("\n", 0, position)
-        column = position - self.text.rfind("\n", 0, position)
-        return UserError(f"{self.path}:{line}: broken JSON at column {column} ({what}), expected a list of objects")
+        line, column = self.place(position)
+        return UserError(f"{self.path}:{line}: broken JSON at column {column + 1} ({what}), expected a list of objects")
+
+    def place(self, position: int) -> tuple[int, int]:
+        """(line from 1, characters before on that line) of a position in the held text."""
+        break_ = self.text.rfind("\n", 0, position)
+        column = self.column + position if break_ < 0 else position - break_ - 1
+        return self.line + self.text.count("\n", 0, position), column
 
 
 def _values(path: Path) -> Iterator[Any]:
