@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -72,11 +73,20 @@ class Batch:
     tokens: int  # real ones
     supervised: int  # targets that are learnt
     rows: tuple[int, ...]  # each row's index in its data, to name it in messages
+    learnt: torch.Tensor | None = None  # int64: where the flattened targets are learnt; found here, on the host
+
+    def __post_init__(self) -> None:
+        if self.learnt is None:
+            object.__setattr__(self, "learnt", (self.targets.flatten() != IGNORE).nonzero().squeeze(-1))
+
+    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        """The same batch with every tensor changed."""
+        names = ("input_ids", "position_ids", "targets", "learnt")
+        return replace(self, **{name: change(getattr(self, name)) for name in names})
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        moved = {k: getattr(self, k).to(device, non_blocking=True) for k in ("input_ids", "position_ids", "targets")}
-        return Batch(**{**self.__dict__, **moved})
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True)

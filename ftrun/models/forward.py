@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 
 from ftrun.kernels.attention import packed_attention
 from ftrun.kernels.loss import Shape, chunked_loss, full_loss
-from ftrun.values import IGNORE, Batch
+from ftrun.values import Batch
 
 PACKED = "ftrun_packed"  # the name under which transformers finds our attention
 
@@ -20,6 +22,17 @@ def register_attention() -> None:
 
     AttentionInterface.register(PACKED, _attend)
     AttentionMaskInterface.register(PACKED, _no_mask)
+
+
+@contextlib.contextmanager
+def attention(model: Any, name: str) -> Iterator[None]:
+    """Another attention implementation for a while: PACKED knows no cache, generation needs one that does."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:
@@ -56,13 +69,16 @@ class TokenLoss:
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """Packed batches run on PACKED attention, padded ones on transformers' own."""
+        return self.score(self.hidden(batch) if self.fast else self.logits(batch), batch)
+
+    def score(self, outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The loss of what the model gave: hidden states when fast, logits on the plain way."""
         if not self.fast:
-            return full_loss(self.logits(batch), batch.targets)
-        hidden = self.hidden(batch)
-        learnt = batch.targets.flatten() != IGNORE
-        picked = learnt.nonzero().squeeze(-1) if batch.supervised < learnt.numel() else slice(None)
+            return full_loss(outputs, batch.targets)
+        assert batch.learnt is not None
+        hidden = outputs.flatten(0, 1)[batch.learnt]
         head = self.model.get_output_embeddings()
-        return chunked_loss(hidden.flatten(0, 1)[picked], batch.targets.flatten()[picked], head, _frozen(head), self.shape)
+        return chunked_loss(hidden, batch.targets.flatten()[batch.learnt], head, _frozen(head), self.shape)
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """(rows, width, D): what the head reads."""

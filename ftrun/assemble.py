@@ -1,0 +1,184 @@
+"""Job -> parts: the one place that knows the order.
+
+    base -> skeleton -> anatomy -> rows -> weights -> method -> optimiser -> work
+
+`sketch`, `attach` and `work` run the same way on meta, fake and real tensors: the plan is the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ftrun.data import batches as batching
+from ftrun.data.load import Corpus, load
+from ftrun.data.prefetch import prefetch
+from ftrun.job import Job
+from ftrun.memory.device import Device
+from ftrun.methods.files import load_adapter
+from ftrun.models.base import Base, open_base
+from ftrun.models.forward import PACKED, TokenLoss, register_attention
+from ftrun.models.load import fill
+from ftrun.models.select import anatomy as find_anatomy
+from ftrun.models.skeleton import skeleton
+from ftrun.optim.schedule import rate
+from ftrun.train.loop import Work
+from ftrun.train.recompute import recompute
+from ftrun.values import Anatomy, Batch
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Sketch:
+    """A job's model before its weights: shapes, names, and the method that will tune it."""
+
+    base: Base
+    model: Any
+    anatomy: Anatomy
+    tuner: Any
+    quantiser: Any
+
+
+def sketch(job: Job, cache: Path, say: Say) -> Sketch:
+    """The model's skeleton with its parts by role. Raises UserError where targets or layers match nothing."""
+    register_attention()
+    base = open_base(job.model.typed(), job.model.choice, cache, say)
+    model = skeleton(base, attention=PACKED if job.kernels == "fast" else "sdpa")
+    method = job.method.typed()
+    selected = find_anatomy(model, getattr(method, "targets", None) or "all", getattr(method, "layers", "all"))
+    quantiser = job.quant.load().Quantiser(job.quant.typed())
+    return Sketch(base, model, selected, job.method.load().Tuner(method), quantiser)
+
+
+def rows(job: Job, parts: Sketch, cache: Path, say: Say) -> Corpus:
+    """The job's rows, tokenised, with the method's virtual tokens counted in."""
+    vocabulary = parts.model.get_input_embeddings().num_embeddings
+    prefix = tuple(range(vocabulary, vocabulary + parts.tuner.prefix))
+    return load(job.data.load(), job.data.typed(), parts.base.tokenizer(), job.seq_len, prefix, job.seed, cache, say)
+
+
+def furnish(job: Job, parts: Sketch, device: torch.device, cache: Path, say: Say, recomputed: int) -> None:
+    """Weights into the skeleton, then the method on top, drawn or read from `method.from`."""
+    fill(parts.model, parts.base, parts.quantiser, device, cache, say)
+    attach(job, parts, recomputed)
+    parts.tuner.initialise(parts.model, job.seed, parts.base.tokenizer())
+    source = getattr(parts.tuner.options, "from_", None)
+    if source:
+        _, tensors = load_adapter(Path(source).expanduser())
+        parts.tuner.load_state(parts.model, tensors)
+
+
+def attach(job: Job, parts: Sketch, recomputed: int) -> None:
+    """The method on the model; the first `recomputed` decoder layers are computed again in the backward pass."""
+    parts.tuner.attach(parts.model, parts.anatomy, kernels=job.kernels)
+    dropout = bool(getattr(parts.tuner.options, "dropout", 0.0))
+    recompute(_layers(parts)[:recomputed], preserve_rng=dropout)
+
+
+def _layers(parts: Sketch) -> list[nn.Module]:
+    """The decoder's layers, in order."""
+    stack = parts.anatomy.blocks[0].name.rpartition(".")[0]
+    return list(parts.model.get_submodule(stack))
+
+
+def steps_of(job: Job, corpus: Corpus) -> int:
+    """The optimiser steps of the whole run."""
+    if job.steps is not None:
+        return job.steps
+    return batching.steps_in(job.epochs or 1.0, len(corpus.train), job.batch)
+
+
+def micro_rows(job: Job, corpus: Corpus, micro_batch: int, step: int) -> list[list[int]]:
+    """The rows of each micro-batch of a step: a function of the job and the step's number alone."""
+    chosen = batching.step_rows(len(corpus.train), job.batch, step, job.seed, by_epoch=job.steps is None)
+    return [part for part in batching.micro(chosen, micro_batch, lengths=corpus.train.lengths) if part]
+
+
+def step_batches(job: Job, corpus: Corpus, micro_batch: int, pad_id: int, step: int) -> list[Batch]:
+    """The micro-batches of one optimiser step."""
+    parts = micro_rows(job, corpus, micro_batch, step)
+    return [batching.collate(corpus.train, part, packed=job.kernels == "fast", pad_id=pad_id) for part in parts]
+
+
+def work(
+    job: Job, parts: Sketch, device: torch.device, total: int, loss: Callable[[Batch], torch.Tensor] | None = None
+) -> Work:
+    """What the loop works with; the caller adds the batches, the evaluations and the checkpoints."""
+    options = job.optim.typed()
+    groups = _groups(job, parts, options)
+    optimiser = job.optim.load().build(groups, options, device.type)
+    low = parts.base.dtype == torch.bfloat16 and not parts.tuner.switchable and _trained_dtype(parts) == torch.float32
+    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16) if low else contextlib.nullcontext
+    return Work(
+        model=parts.model,
+        loss=loss or TokenLoss(parts.model, job.kernels),
+        optimiser=optimiser,
+        rates=[g["lr"] for g in groups],
+        schedule=lambda step: rate(step, total, options),
+        total=total,
+        device=device,
+        clip=options.clip,
+        autocast=autocast,
+    )
+
+
+def _groups(job: Job, parts: Sketch, options: Any) -> list[dict[str, Any]]:
+    """The trained parameters with their rates: B's may be another (LoRA+), vectors and magnitudes do not decay."""
+    found = parts.tuner.groups(parts.model)
+    if options.lora_plus != 1 and "B" not in found:
+        from ftrun.errors import UserError
+
+        raise UserError(f"optim.lora_plus={options.lora_plus:g}: method={job.method.choice} has no matrix B to speed up")
+    return [
+        {
+            "params": parameters,
+            "lr": job.lr * (options.lora_plus if name == "B" else 1.0),
+            "weight_decay": 0.0 if name in ("vectors", "magnitude") else options.weight_decay,
+        }
+        for name, parameters in found.items()
+    ]
+
+
+def _trained_dtype(parts: Sketch) -> torch.dtype:
+    return next(p.dtype for p in parts.model.parameters() if p.requires_grad)
+
+
+def counts(parts: Sketch) -> tuple[int, int]:
+    """(parameters of the base and the method, those that train); quantised weights by the shape they stand for."""
+    import math
+
+    seen: dict[int, int] = {}
+    trained = 0
+    for parameter in parts.model.parameters():
+        if id(parameter) not in seen:
+            seen[id(parameter)] = parameter.numel()
+            trained += parameter.numel() if parameter.requires_grad else 0
+    stored = sum(math.prod(m.shape) for m in parts.model.modules() if hasattr(m, "parts"))
+    return sum(seen.values()) + stored, trained
+
+
+def prefetched(make: Callable[[int], list[Batch]], start: int, stop: int) -> Iterator[list[Batch]]:
+    """The steps' micro-batches from `start` on, made ahead in a thread."""
+    return prefetch(make(step) for step in range(start, stop))
+
+
+def evaluation_batches(job: Job, corpus: Corpus, limit: int | None, micro_batch: int, pad_id: int) -> Sequence[Batch]:
+    """The held-out rows as batches of `micro_batch` rows, in order."""
+    indices = list(range(min(len(corpus.held_out), limit or len(corpus.held_out))))
+    pieces = [indices[i : i + micro_batch] for i in range(0, len(indices), micro_batch)]
+    return [batching.collate(corpus.held_out, p, packed=job.kernels == "fast", pad_id=pad_id) for p in pieces]
+
+
+def torch_device(device: Device) -> torch.device:
+    """Where this process's tensors live: Accelerate knows its process and device."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=device.type == "cpu").device

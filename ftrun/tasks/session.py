@@ -1,0 +1,284 @@
+"""One run from its preparation to its result: the parts of `ftrun train`, in the order in which they happen."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ftrun import assemble
+from ftrun.errors import UserError
+from ftrun.evals.answer import answer
+from ftrun.evals.held_out import evaluate
+from ftrun.job import Job
+from ftrun.memory.device import resolve
+from ftrun.memory.events import Allocations, allocations, resident_bytes
+from ftrun.memory.measure import Meter
+from ftrun.methods.files import save_adapter
+from ftrun.metrics import jsonl
+from ftrun.metrics.console import Console
+from ftrun.metrics.sink import Sink
+from ftrun.models.forward import attention
+from ftrun.optim import state as optimiser_state
+from ftrun.runs import Run, aside, write_json
+from ftrun.settle import settle
+from ftrun.train import checkpoint
+from ftrun.train.interrupt import stop_requests
+from ftrun.train.loop import Progress, train
+from ftrun.values import Batch, EvalRecord, StepRecord
+
+
+class Session:
+    """A job at work. `prepare` touches no folder but the cache; `train` writes the run's."""
+
+    def __init__(self, job: Job, cache: Path, console: Console) -> None:
+        self.job, self.cache, self.console = job, cache, console
+        self.progress = Progress()
+        self.began = False  # whether a step was trained: what there is must then stay
+        self.sinks: list[Sink] = [console]
+        self.evals: dict[str, dict[str, Any]] = {}
+        self.measured: dict[str, Any] = {}
+
+    def prepare(self, out: Path) -> None:
+        """Everything that can be refused: the model's names, the data, the plan. No weight is read."""
+        job, say = self.job, self.console.say
+        self.options = job.eval.typed()
+        self.tracker = job.log.load().sink(job.log.typed(), out.name, say)
+        self.device = resolve(job.device.typed())
+        self.parts = assemble.sketch(job, self.cache, say)
+        self.corpus = assemble.rows(job, self.parts, self.cache, say)
+        for note in job.optim.typed().notes(self.device.type):
+            say(note)
+        tokenizer = self.parts.base.tokenizer()
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        self.total = assemble.steps_of(job, self.corpus)
+        self.settled = settle(job, self.parts, self.corpus, self.device, self.pad_id, self.total)
+
+    def train(self, run: Run) -> dict[str, Any]:
+        """Weights, evaluation, the loop, evaluation, the adapter; returns what result.json holds."""
+        self._start(run)
+        torch_device = assemble.torch_device(self.device)
+        torch.manual_seed(self.job.seed)
+        assemble.furnish(self.job, self.parts, torch_device, self.cache, self.console.say, self.settled.recomputed)
+        self.work = assemble.work(self.job, self.parts, torch_device, self.total)
+        self._resume(run)
+        self._equip(run)
+        self._evaluate_ends("before", run)
+        with stop_requests(self.console.say) as self.work.stop:
+            for record in train(self.work, self.progress):
+                self.began = True
+                self._record(record)
+        if self.work.save_best and self.progress.best_step not in (None, self.progress.step):
+            self._load_trained(checkpoint.load(run.checkpoints / "best").trained)
+        self._evaluate_ends("after", run)
+        self._save(run)
+        return {**self.summary(), "status": "finished"}
+
+    def close(self, run: Run, outcome: dict[str, Any] | None) -> None:
+        """result.json, then the sinks, whatever happened."""
+        if outcome is not None:
+            write_json(run.path / "result.json", outcome)
+        for sink in self.sinks:
+            sink.close(outcome)
+
+    # --- the parts ---
+
+    def _start(self, run: Run) -> None:
+        write_json(run.path / "plan.json", self.settled.plan.as_dict())
+        steps = checkpoint.steps(run.checkpoints)
+        self.sinks.append(jsonl.JsonLines(after=steps[-1] if steps else None))
+        if self.tracker is not None:
+            self.sinks.append(self.tracker)
+        self.console.total = self.total
+        for sink in self.sinks:
+            sink.start(self.job.as_dict(), run.path)
+        plan = self.settled.plan
+        self.console.say(
+            f"plan    {plan.peak_bytes / 1e9:.2f} GB at the peak of {self.device.free_bytes / 1e9:.1f} GB free; "
+            f"{plan.trainable_params:,} of {plan.total_params:,} parameters train; {self.total} steps of "
+            f"{self.job.batch} rows, {self.settled.micro_batch} at once, {self.settled.recomputed} layers recomputed"
+        )
+
+    def _resume(self, run: Run) -> None:
+        found = checkpoint.latest(run.checkpoints)
+        if found is None:
+            return
+        self.progress = found.progress
+        self._load_trained(found.trained)
+        try:
+            optimiser_state.restore(self.work.optimiser, found.optimiser, found.optimiser_meta)
+        except ValueError as error:
+            raise UserError(f"{run.checkpoints}: {error}") from error
+        checkpoint.restore_random(found.random)
+        self.console.say(f"resumed after step {self.progress.step}")
+
+    def _equip(self, run: Run) -> None:
+        """What the loop needs of this run: batches, memory, evaluations, checkpoints."""
+        work, job, options = self.work, self.job, self.options
+        meter = Meter(self.device.type)
+        work.memory, work.reset_peak = meter.current, meter.reset_peak
+        self.measured["measures"] = meter.measures
+
+        def make(step: int) -> list[Batch]:
+            return assemble.step_batches(job, self.corpus, self.settled.micro_batch, self.pad_id, step)
+
+        work.batches = lambda start: assemble.prefetched(make, start, self.total)
+        work.watch = self._watch
+        work.save_steps, work.save_seconds = job.save_interval()
+        if work.save_steps or work.save_seconds:
+            work.save = lambda progress: self._checkpoint(run, progress)
+        if options.evaluates and len(self.corpus.held_out):
+            held_out = assemble.evaluation_batches(job, self.corpus, options.rows, self.settled.micro_batch, self.pad_id)
+            work.evaluate = lambda step: evaluate(work.model, self._loss, held_out, step)
+            work.evaluate_every, work.patience = options.every, options.patience
+            if options.keep_best:
+                work.save_best = lambda progress: self._checkpoint(run, progress, "best")
+
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        with self.work.autocast():
+            return self.work.loss(batch.to(self.work.device))
+
+    @contextlib.contextmanager
+    def _watch(self, step: int) -> Iterator[None]:
+        """Measure the step that the plan was made for, by the allocator's own events."""
+        if step != self.settled.largest_step or self.device.type != "cpu":
+            yield
+            return
+        resident = resident_bytes(self._residents())
+        with allocations() as seen:
+            yield
+        self._note_measured(resident, seen)
+
+    def _residents(self) -> Iterator[torch.Tensor]:
+        yield from self.work.model.parameters()
+        yield from self.work.model.buffers()
+        for state in self.work.optimiser.state.values():
+            yield from (v for v in state.values() if isinstance(v, torch.Tensor))
+
+    def _note_measured(self, resident: int, seen: Allocations) -> None:
+        planned, measured = self.settled.plan.peak_bytes, resident + seen.peak
+        self.measured.update(
+            planned_peak_bytes=planned, measured_peak_bytes=measured, error=(planned - measured) / measured
+        )
+
+    def _evaluate_ends(self, when: str, run: Run) -> None:
+        """The evaluation before or after training, with one prompt answered."""
+        if self.work.evaluate is None or (when == "before" and not self.options.before):
+            return
+        if when == "before" and self.progress.step:
+            self.evals["before"] = next((r for r in jsonl.read(run.path / "evals.jsonl") if r["step"] == 0), {})
+            return
+        record = self.work.evaluate(self.progress.step)
+        said = self._answer()
+        record = EvalRecord(**{**asdict(record), "extra": said})
+        self.evals[when] = {**asdict(record), **said}
+        for sink in self.sinks:
+            sink.evaluation(record)
+
+    def _answer(self) -> dict[str, Any]:
+        """The user's prompt, or the first held-out row's, answered by the model as it is now."""
+        options, tokenizer = self.options, self.parts.base.tokenizer()
+        if not options.max_new_tokens:
+            return {}
+        prefix = list(self.corpus.held_out.prefix_ids)
+        ids = prompt_ids(options.prompt, tokenizer, self.corpus.held_out)
+        with attention(self.work.model, "sdpa"), self.work.autocast():
+            text = answer(self.work.model, tokenizer, [*prefix, *ids], options.max_new_tokens)
+        return {"prompt": options.prompt or tokenizer.decode(ids, skip_special_tokens=True), "answer": text}
+
+    def _record(self, record: StepRecord | EvalRecord) -> None:
+        for sink in self.sinks:
+            if isinstance(record, StepRecord):
+                sink.step(record)
+            else:
+                sink.evaluation(record)
+
+    def _checkpoint(self, run: Run, progress: Progress, name: str | None = None) -> None:
+        tensors, meta = optimiser_state.flatten(self.work.optimiser)
+        trained = self.parts.tuner.state(self.parts.model)
+        state = checkpoint.Checkpoint(progress, trained, tensors, meta, checkpoint.random_state())
+        checkpoint.save(run.checkpoints, state, name)
+
+    def _load_trained(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.parts.tuner.load_state(self.parts.model, tensors)
+
+    def _save(self, run: Run) -> None:
+        """adapter/ with its provenance, or model/ where the base itself was trained."""
+        parts = self.parts
+        config = parts.tuner.adapter_config(parts.anatomy, parts.base.reference)
+        if config:
+            save_adapter(run.path / "adapter", config, parts.tuner.state(parts.model))
+            write_json(run.path / "adapter" / "provenance.json", self.provenance())
+            return
+        with aside(run.path / "model") as beside:
+            parts.model.config.use_cache = True
+            parts.model.save_pretrained(beside)
+            parts.base.tokenizer().save_pretrained(beside)
+        write_json(run.path / "model" / "provenance.json", self.provenance())
+
+    def provenance(self) -> dict[str, Any]:
+        """What an adapter belongs to: the base's hash, how it was stored, and the versions at work."""
+        packages = ("ftrun", "torch", "transformers", "bitsandbytes", "safetensors")
+        return {
+            "base": self.parts.base.describe(),
+            "quantisation": self.parts.quantiser.scheme(),
+            "method": self.job.method.choice,
+            "versions": {name: importlib.metadata.version(name) for name in packages},
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """result.json but for its status."""
+        progress, plan = self.progress, self.settled.plan
+        adapter = self.job_file_size
+        return {
+            "status": "",
+            "steps": progress.step,
+            "tokens": progress.tokens,
+            "seconds": progress.seconds,
+            "tokens_per_s": progress.tokens / progress.seconds if progress.seconds else None,
+            "loss_first": progress.loss_first,
+            "loss_last": progress.loss_last,
+            "eval": {when: _figures(found) for when, found in self.evals.items()},
+            "samples": _samples(self.evals),
+            "memory": {**self.measured, "process_peak_bytes": progress.peak_bytes},
+            "total_params": plan.total_params,
+            "trainable_params": plan.trainable_params,
+            "adapter_bytes": adapter,
+            "base": {**self.parts.base.describe(), "quantisation": self.parts.quantiser.scheme()},
+        }
+
+    @property
+    def job_file_size(self) -> int:
+        """Bytes of the trained tensors as they are saved."""
+        if not hasattr(self, "work"):
+            return 0
+        return sum(t.numel() * t.element_size() for t in self.parts.tuner.state(self.parts.model).values())
+
+
+def prompt_ids(prompt: str | None, tokenizer: Any, held_out: Any) -> list[int]:
+    """The tokens of a user's prompt in the chat template, or the first held-out row up to its first learnt token."""
+    if prompt is None:
+        learn = held_out.learn(0)
+        first = int(learn.argmax())
+        return [int(i) for i in held_out.ids(0)[len(held_out.prefix_ids) : first]]
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
+    return list(tokenizer(prompt).input_ids)
+
+
+def _figures(found: dict[str, Any]) -> dict[str, Any]:
+    return {k: found[k] for k in ("loss", "perplexity", "tokens") if k in found}
+
+
+def _samples(evals: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    answers = {when: found["answer"] for when, found in evals.items() if found.get("answer") is not None}
+    prompt = next((found["prompt"] for found in evals.values() if "prompt" in found), None)
+    return [{"prompt": prompt, **answers}] if answers else []
+

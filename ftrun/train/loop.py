@@ -1,0 +1,158 @@
+"""The training loop. It yields plain records and knows nothing of who reads them."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ftrun.errors import Interrupted, RunFailed
+from ftrun.values import Batch, EvalRecord, StepRecord
+
+
+@dataclass
+class Progress:
+    """Where a run stands: all that the loop itself must remember to go on."""
+
+    step: int = 0  # optimiser steps done
+    tokens: int = 0
+    seconds: float = 0.0
+    loss_first: float | None = None
+    loss_last: float | None = None
+    best_loss: float | None = None  # lowest held-out loss so far
+    best_step: int | None = None
+    stale: int = 0  # evaluations since then
+    peak_bytes: int = 0  # largest of the run
+
+
+@dataclass
+class Work:
+    """What the loop works with. Callables, so that the loop needs no room's code."""
+
+    model: nn.Module
+    loss: Callable[[Batch], torch.Tensor]  # sum over supervised tokens, in nats
+    optimiser: torch.optim.Optimizer
+    rates: Sequence[float]  # each parameter group's rate at its highest
+    schedule: Callable[[int], float]  # step -> multiple of those rates
+    total: int  # steps of the whole run
+    device: torch.device
+    batches: Callable[[int], Iterator[list[Batch]]] = field(default=lambda step: iter(()))  # each step's, from one on
+    memory: Callable[[], tuple[int, int]] = field(default=lambda: (0, 0))  # bytes: held now, peak of the step
+    reset_peak: Callable[[], None] = field(default=lambda: None)
+    clip: float | None = None  # gradient norm at most
+    autocast: Callable[[], Any] = contextlib.nullcontext
+    evaluate: Callable[[int], EvalRecord] | None = None
+    evaluate_every: int | None = None
+    patience: int | None = None
+    save: Callable[[Progress], None] | None = None
+    save_best: Callable[[Progress], None] | None = None
+    save_steps: int | None = None
+    save_seconds: float | None = None
+    watch: Callable[[int], Any] = field(default=lambda step: contextlib.nullcontext())  # around a step's computing
+    stop: Callable[[], bool] = field(default=lambda: False)  # whether someone asked to stop
+
+
+def train(work: Work, progress: Progress) -> Iterator[StepRecord | EvalRecord]:
+    """Train from `progress` to the end; yields each step's record and each evaluation's.
+
+    Saves a checkpoint when one is due. Raises Interrupted, with a checkpoint saved, where `work.stop()` turns true;
+    RunFailed on a loss or gradient that is not finite.
+    """
+    saved_at = time.monotonic()
+    work.model.train()
+    for micro_batches in work.batches(progress.step):
+        record = _step(work, micro_batches, progress.step)
+        _count(progress, record)
+        yield record
+        if work.evaluate and work.evaluate_every and progress.step % work.evaluate_every == 0:
+            yield _evaluate(work, progress)
+        ended = progress.step >= work.total or _is_stale(work, progress)
+        stop = work.stop() and not ended
+        if work.save and not ended and (stop or _save_due(work, progress, saved_at)):
+            work.save(progress)
+            saved_at = time.monotonic()
+        if stop:
+            raise Interrupted(f"stopped after step {progress.step} of {work.total}; a checkpoint is saved")
+        if ended:
+            return
+
+
+def _step(work: Work, micro_batches: Sequence[Batch], step: int) -> StepRecord:
+    """One optimiser step over its micro-batches, as if they were one batch."""
+    started = time.perf_counter()
+    work.reset_peak()
+    rate = work.schedule(step)
+    for group, highest in zip(work.optimiser.param_groups, work.rates, strict=True):
+        group["lr"] = highest * rate
+    supervised = sum(b.supervised for b in micro_batches)
+    with work.watch(step):
+        total, norm = gradients(work, micro_batches)
+        loss, size = float(total) / supervised, float(norm)
+        if math.isfinite(loss) and math.isfinite(size):
+            update(work)
+    if not (math.isfinite(loss) and math.isfinite(size)):
+        rows = sorted(r for b in micro_batches for r in b.rows)
+        raise RunFailed(f"step {step + 1}: loss {loss}, gradient norm {size}: not finite. Rows of the batch: {rows}")
+    seconds = time.perf_counter() - started
+    tokens = sum(b.tokens for b in micro_batches)
+    held, peak = work.memory()
+    lr = work.rates[0] * rate
+    return StepRecord(step + 1, loss, lr, size, tokens, supervised, tokens / seconds, held, peak, seconds)
+
+
+def gradients(work: Work, micro_batches: Sequence[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The step's gradients, accumulated and clipped; returns (sum of losses, gradient norm), both on the device."""
+    supervised = sum(b.supervised for b in micro_batches)
+    total = torch.zeros((), dtype=torch.float32, device=work.device)
+    for batch in micro_batches:
+        with work.autocast():
+            loss = work.loss(batch.to(work.device))
+        # divided by the whole step's count, so that k micro-batches equal one batch
+        (loss / supervised).backward()  # type: ignore[no-untyped-call]
+        total += loss.detach()
+    parameters = [p for group in work.optimiser.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if work.clip is None else work.clip)
+    return total, norm
+
+
+def update(work: Work) -> None:
+    """The optimiser's step; the gradients are freed."""
+    work.optimiser.step()
+    work.optimiser.zero_grad(set_to_none=True)
+
+
+def _count(progress: Progress, record: StepRecord) -> None:
+    progress.step = record.step
+    progress.tokens += record.tokens
+    progress.seconds += record.seconds
+    progress.loss_first = record.loss if progress.loss_first is None else progress.loss_first
+    progress.loss_last = record.loss
+    progress.peak_bytes = max(progress.peak_bytes, record.mem_peak)
+
+
+def _evaluate(work: Work, progress: Progress) -> EvalRecord:
+    assert work.evaluate is not None
+    record = work.evaluate(progress.step)
+    best = progress.best_loss is None or record.loss < progress.best_loss
+    progress.stale = 0 if best else progress.stale + 1
+    if best:
+        progress.best_loss, progress.best_step = record.loss, progress.step
+        if work.save_best:
+            work.save_best(progress)
+    return EvalRecord(**{**record.__dict__, "best": best})
+
+
+def _is_stale(work: Work, progress: Progress) -> bool:
+    return work.patience is not None and progress.stale >= work.patience
+
+
+def _save_due(work: Work, progress: Progress, saved_at: float) -> bool:
+    by_steps = work.save_steps is not None and progress.step % work.save_steps == 0
+    by_time = work.save_seconds is not None and time.monotonic() - saved_at >= work.save_seconds
+    return by_steps or by_time
