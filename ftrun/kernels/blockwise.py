@@ -23,9 +23,11 @@ import torch
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 import bitsandbytes.functional as bnb  # noqa: E402
 
+from ftrun.kernels import pages  # noqa: E402
+
 NESTED_BLOCK = 256  # constants to one constant of their own, under double quantisation
 INT8_MAX = 127
-_CHUNK = 1 << 21  # values quantised at once: bounds the float32 copies; a multiple of every block size
+_CHUNK = 1 << 19  # values quantised at once: bounds the float32 copies; a multiple of every block size
 
 # QLoRA, appendix E: quantiles of a normal distribution, zero among them
 NF4 = (
@@ -65,11 +67,15 @@ def quantise_4bit(
     kind: "nf4" or "fp4". The weight is moved to `device` chunk by chunk, so that it never lies there whole.
     """
     flat = weight.detach().reshape(-1)
-    parts = [
-        torch.ops.bitsandbytes.quantize_4bit(chunk.to(device or flat.device), block_size, kind, torch.uint8)
-        for chunk in flat.split(_CHUNK)
-    ]
-    return torch.cat([packed for packed, _ in parts]), torch.cat([absmax for _, absmax in parts])
+    device = torch.device(device or flat.device)
+    packed = pages.empty((blocks(flat.numel(), 2), 1), torch.uint8, device)
+    absmax = torch.empty(blocks(flat.numel(), block_size), device=device)
+    into = zip(packed.split(_CHUNK // 2), absmax.split(_CHUNK // block_size), strict=True)
+    for chunk, (bytes_, constants) in zip(flat.split(_CHUNK), into, strict=True):
+        found = torch.ops.bitsandbytes.quantize_4bit(chunk.to(device), block_size, kind, torch.uint8)
+        bytes_.copy_(found[0])
+        constants.copy_(found[1])
+    return packed, absmax
 
 
 def dequantise_4bit(
@@ -100,9 +106,13 @@ def dequantise_constants(quantised: torch.Tensor, nested: torch.Tensor, offset: 
 def quantise_int8(weight: torch.Tensor, device: torch.device | str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """(int8 of the weight's shape, float32 row magnitudes, the shape less its last size) of a float weight."""
     rows = weight.detach().reshape(-1, weight.shape[-1])
-    parts = [_int8_rows(part.to(device or rows.device)) for part in rows.split(max(1, _CHUNK // rows.shape[1]))]
-    quantised = torch.cat([q for q, _ in parts]).view(weight.shape)
-    return quantised, torch.cat([absmax for _, absmax in parts]).view(weight.shape[:-1])
+    device = torch.device(device or rows.device)
+    quantised = pages.empty(tuple(rows.shape), torch.int8, device)
+    absmax = torch.empty(rows.shape[0], device=device)
+    size = max(1, _CHUNK // rows.shape[1])
+    for part, values, constants in zip(rows.split(size), quantised.split(size), absmax.split(size), strict=True):
+        _int8_rows(part.to(device), values, constants)
+    return quantised.view(weight.shape), absmax.view(weight.shape[:-1])
 
 
 def dequantise_int8(quantised: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -138,11 +148,11 @@ def reference_dequantise_4bit(
     return (values * absmax.repeat_interleave(block_size)[:count]).to(dtype).view(shape)
 
 
-def _int8_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    absmax = rows.abs().amax(1).float()
+def _int8_rows(rows: torch.Tensor, values: torch.Tensor, constants: torch.Tensor) -> None:
+    constants.copy_(rows.abs().amax(1))
     # a row of zeros keeps the magnitude 0 and the values 0
-    scale = INT8_MAX / absmax.clamp(min=torch.finfo(torch.float32).tiny)
-    return torch.round(rows.float() * scale[:, None]).to(torch.int8), absmax
+    scale = INT8_MAX / constants.clamp(min=torch.finfo(torch.float32).tiny)
+    values.copy_(torch.round(rows.float() * scale[:, None]))
 
 
 def _dequantise_constants(quantised: torch.Tensor, nested: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:

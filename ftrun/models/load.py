@@ -176,8 +176,8 @@ class Filling:
             turned = not is_expert and is_conv1d(self.bare.get_submodule(prefix))
             module.fill(tensor.T if turned else tensor, self.device)
             placed = [f"{prefix}.{part}" for part in module.names]
-        for part in placed if keep else ():
-            if keep is not None and part in keep.left:
+        if keep is not None:
+            for part in placed:
                 keep.add(part, _get(self.model, part))
 
     def _quantised(self, name: str) -> tuple[str, Stored] | None:

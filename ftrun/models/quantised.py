@@ -6,6 +6,7 @@ when it is whole. Every tensor has a CRC-32, checked when it is read: a damaged 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -76,8 +77,9 @@ class Keeping:
         return self
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """One tensor of the layout."""
-        self._attempt(lambda: self._writer.add(name, tensor) if self._writer else None)
+        """One tensor; one that the layout does not have, a tied one, is passed over."""
+        if self._writer is not None and name in self.layout:
+            self._attempt(functools.partial(self._writer.add, name, tensor))
 
     @property
     def left(self) -> set[str]:

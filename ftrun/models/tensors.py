@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from ftrun.errors import UserError
+from ftrun.kernels import pages
 from ftrun.models.sources.folder import read_header
 
 DTYPES = {
@@ -56,7 +57,7 @@ class TensorFile:
         shape, dtype = tuple(self.header[name]["shape"]), self._dtype(name)
         if end - begin != math.prod(shape) * dtype.itemsize:
             raise UserError(f"{self.path}: {name} has {end - begin} bytes, its shape {list(shape)} says otherwise")
-        data = torch.empty(end - begin, dtype=torch.uint8)
+        data = pages.empty((end - begin,), torch.uint8)
         view = data.numpy().data
         with self.path.open("rb", buffering=0) as file:
             file.seek(self._start + begin)
