@@ -1,4 +1,4 @@
-"""DoRA beside a frozen linear layer (Liu et al. 2024, eq. 5): y = g ⊙ (x Wᵀ + s drop(x) Aᵀ Bᵀ) + bias, g = m / ‖W + s B A‖.
+"""DoRA beside a frozen linear layer (Liu et al. 2024, eq. 5): y = g ⊙ (x Wᵀ + s x Aᵀ Bᵀ) + bias, g = m / ‖W + s B A‖.
 
 The norm runs over the input of each output unit and is a constant in the backward pass (the paper's section 4.3).
 Written as x Wᵀ + bias + (g − 1) ⊙ …, a gain near 1 is not rounded to bfloat16 itself, and g = 1 is the base exactly.

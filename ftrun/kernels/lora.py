@@ -63,7 +63,8 @@ class _LoRA(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         keep = torch.empty_like(rows, dtype=torch.bool).bernoulli_(1 - dropout) if dropout else None
         hidden = _drop(rows, keep, dropout) @ a.to(x.dtype).T
-        out = F.linear(rows, weight(), None if bias is None else bias.to(x.dtype)).addmm_(hidden, b.to(x.dtype).T, alpha=scale)
+        bias = None if bias is None else bias.to(x.dtype)
+        out = F.linear(rows, weight(), bias).addmm_(hidden, b.to(x.dtype).T, alpha=scale)
         ctx.save_for_backward(rows, a, b, hidden, keep)
         ctx.weight, ctx.scale, ctx.dropout, ctx.shape = weight, scale, dropout, x.shape
         return out.view(*x.shape[:-1], out.shape[-1])

@@ -111,7 +111,7 @@ class Tuner(Generic[O]):
         """
         model.requires_grad_(False)
         for wrapper in self.wrap(model, anatomy, kernels):
-            swap(model, wrapper.name, wrapper)
+            swap(model, wrapper.name, wrapper.train(wrapper.base.training))
 
     def wrap(self, model: nn.Module, anatomy: Anatomy, kernels: str) -> list[Wrapper]:
         """The wrappers of the model's modules, each with its name; nothing is replaced yet."""
@@ -164,17 +164,16 @@ class Tuner(Generic[O]):
                 trained.parameter.copy_(trained.read(found))
 
     def check(self, config: Mapping[str, Any]) -> None:
-        """UserError where a file's adapter_config.json means another function than these options do (its scale, say)."""
-        for key, own in self.meaning().items():
-            found = config.get(key)
-            if found != own:
-                raise UserError(
-                    f"adapter: {key} is {found!r} in its adapter_config.json, and {own!r} by this job's method={self.kind}"
-                )
+        """UserError where a file's adapter_config.json means another function than these options do: its scale, say."""
 
-    def meaning(self) -> dict[str, Any]:
-        """The keys of adapter_config.json that decide what the saved values mean."""
-        return {}
+    def check_same(self, config: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+        """UserError on the first of these keys that has another value in the config."""
+        for key, value in own.items():
+            if config.get(key) != value:
+                raise UserError(
+                    f"adapter: its adapter_config.json has {key}={config.get(key)!r}, this job's method={self.kind} "
+                    f"{value!r}"
+                )
 
     def readable(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         """The tensors of a file under the names that `state` gives; a method may know other spellings."""

@@ -14,6 +14,7 @@ from ftrun.errors import UserError
 from ftrun.kernels import dora as product
 from ftrun.kernels.dense import dense_weight
 from ftrun.methods import base, lora
+from ftrun.methods.low_rank import LowRank, Update
 from ftrun.methods.options import LowRankOptions
 from ftrun.values import Site
 
@@ -26,7 +27,7 @@ class Options(LowRankOptions):
 class DoRALinear(lora.LoRALinear):
     """A frozen linear layer with B A beside it and a trained length of each output unit."""
 
-    def __init__(self, name: str, layer: nn.Module, update: lora.Update) -> None:
+    def __init__(self, name: str, layer: nn.Module, update: Update) -> None:
         super().__init__(name, layer, update)
         self.magnitude = base.parameter((self.lora_B.shape[0],), layer, update.dtype)
         self.square: torch.Tensor
@@ -62,10 +63,10 @@ class DoRALinear(lora.LoRALinear):
             return (self.magnitude.float() / norm)[:, None] * super().merged_weight()
 
 
-class Tuner(lora.LowRank[Options]):
+class Tuner(LowRank[Options]):
     """DoRA on linear layers."""
 
-    def layer(self, model: nn.Module, site: Site, update: lora.Update) -> base.Wrapper:
+    def layer(self, model: nn.Module, site: Site, update: Update) -> base.Wrapper:
         if site.role.startswith("experts"):
             raise UserError(f"method=dora: {site.name} holds experts as one parameter, which only method=lora tunes")
         module = model.get_submodule(site.name)

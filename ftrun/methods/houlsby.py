@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,9 +68,14 @@ class Bottleneck(base.Wrapper):
         for parameter in (self.down_bias, self.up, self.up_bias):
             nn.init.zeros_(parameter)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.base(x)
-        return out + self.bottleneck(x if self.parallel else out) if self.enabled else out
+    def forward(self, x: torch.Tensor) -> Any:
+        out: Any = self.base(x)
+        if not self.enabled:
+            return out
+        # some mixtures of experts give their router's scores as well
+        first, *rest = out if isinstance(out, tuple) else (out,)
+        first = first + self.bottleneck(x if self.parallel else first)
+        return (first, *rest) if isinstance(out, tuple) else first
 
     def bottleneck(self, h: torch.Tensor) -> torch.Tensor:
         """up(f(down(h))) for h (…, width), in the dtype of h."""
@@ -106,7 +111,10 @@ class Tuner(base.Tuner[Options]):
             raise UserError(f"method.placement={placement}: {block.name} has no feed-forward module to stand after")
         return [block.attention_out, after] if placement == "both" else [after]
 
-    def meaning(self) -> dict[str, Any]:
+    def check(self, config: Mapping[str, Any]) -> None:
+        self.check_same(config, self._meaning())
+
+    def _meaning(self) -> dict[str, Any]:
         o = self.options
         return {
             "method": "houlsby",
@@ -117,4 +125,4 @@ class Tuner(base.Tuner[Options]):
 
     def adapter_config(self, anatomy: Anatomy, base_name: str) -> dict[str, Any]:
         layers = [block.index for block in anatomy.blocks]
-        return {**self.meaning(), "base_model_name_or_path": base_name, "layers": layers}
+        return {**self._meaning(), "base_model_name_or_path": base_name, "layers": layers}

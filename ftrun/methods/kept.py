@@ -22,7 +22,9 @@ class Kept(Wrapper):
         super().__init__(name, base)
         self.kept: nn.Parameter = partner.kept if partner else parameter(tuple(self.weight.shape), base, dtype)
         self.kept_bias = None if self.bias is None else parameter(tuple(self.bias.shape), base, dtype)
-        self._plain: dict[str, nn.Parameter] = partner._plain if partner else {}
+        self._pair: list[nn.Parameter] | None = None
+        if partner is not None:
+            self._pair = partner._pair = []
 
     def own(self) -> dict[str, Trained]:
         found = {"weight": Trained("other", self.kept)}
@@ -50,16 +52,16 @@ class Kept(Wrapper):
 
     def merged(self) -> nn.Module:
         clone = with_weight(self.base, self.merged_weight())
-        # tied before, tied after
-        assert isinstance(clone.weight, nn.Parameter)
-        clone._parameters["weight"] = self._plain.setdefault("weight", clone.weight)
+        # tied before, tied after: the second of a pair takes the tensor that the first has made
+        if self._pair:
+            clone._parameters["weight"] = self._pair.pop()
+        elif self._pair is not None:
+            assert isinstance(clone.weight, nn.Parameter)
+            self._pair.append(clone.weight)
         if self.kept_bias is not None:
             own = self.kept_bias.detach().to(self.base.bias.dtype)
             clone._parameters["bias"] = nn.Parameter(own, requires_grad=False)
         return clone
-
-    def prepare(self) -> None:
-        self._plain.clear()
 
 
 def embed_scale(embedding: nn.Module) -> torch.Tensor | None:

@@ -5,10 +5,7 @@ A (rank, in) is drawn, B (out, rank) starts at zero, so the first step sees the 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,35 +13,18 @@ from torch import nn
 
 from ftrun.errors import UserError
 from ftrun.kernels import lora as product
-from ftrun.kernels.dense import dense_weight, features, is_conv1d
+from ftrun.kernels.dense import dense_weight, features
 from ftrun.kernels.experts import ExpertsLinear, GroupedExperts, group_experts, grouped_product, why_not
 from ftrun.methods import base
-from ftrun.methods.files import peft_targets
-from ftrun.methods.kept import embed_scale, keep
+from ftrun.methods.kept import embed_scale
+from ftrun.methods.low_rank import LowRank, Update, draw_a
 from ftrun.methods.options import LowRankOptions
-from ftrun.methods.patterns import resolve
-from ftrun.values import Anatomy, Site
+from ftrun.values import Site
 
 
 @dataclass(frozen=True)
 class Options(LowRankOptions):
     """LoRA's: those of every low-rank update."""
-
-
-L = TypeVar("L", bound=LowRankOptions)
-
-
-@dataclass(frozen=True)
-class Update:
-    """What one site's update is built with."""
-
-    rank: int
-    alpha: float
-    scale: float
-    dropout: float
-    init: str
-    dtype: torch.dtype
-    kernels: str
 
 
 class LoRALinear(base.Wrapper):
@@ -164,95 +144,6 @@ class LoRAExperts(base.Wrapper):
         return ExpertsLinear(nn.Parameter(weight, requires_grad=False))
 
 
-class LowRank(base.Tuner[L]):
-    """The walk that LoRA and DoRA share: which sites, which ranks, what the file's config says."""
-
-    def __init__(self, options: L) -> None:
-        super().__init__(options)
-        self._updates: dict[str, Update] = {}
-        self._every: tuple[str, ...] = ()
-        self._conv1d = False
-
-    def wrap(self, model: nn.Module, anatomy: Anatomy, kernels: str) -> list[base.Wrapper]:
-        self._every = tuple(name for name, _ in model.named_modules())
-        self._updates = self.plan(anatomy, kernels)
-        made: list[base.Wrapper] = []
-        for site in anatomy.sites:
-            made.append(self.layer(model, site, self._updates[site.name]))
-        _file_experts(made)
-        self._conv1d = any(is_conv1d(wrapper.base) for wrapper in made)
-        kept = keep(model, anatomy, self.options.modules_to_save, getattr(torch, self.options.dtype))
-        return [*made, *kept]
-
-    def layer(self, model: nn.Module, site: Site, update: Update) -> base.Wrapper:
-        """The wrapper of one site."""
-        raise NotImplementedError
-
-    def plan(self, anatomy: Anatomy, kernels: str) -> dict[str, Update]:
-        """Each selected weight's rank, alpha and scale, by name."""
-        o = self.options
-        ranks = resolve(o.rank_pattern, "rank_pattern", anatomy.sites, anatomy.depth, o.rank)
-        alphas = resolve(o.alpha_pattern, "alpha_pattern", anatomy.sites, anatomy.depth, o.alpha)
-        made = {}
-        for name, rank in ranks.items():
-            scale = alphas[name] / (math.sqrt(rank) if o.rslora else rank)
-            made[name] = Update(rank, alphas[name], scale, o.dropout, o.init, getattr(torch, o.dtype), kernels)
-        return made
-
-    def readable(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        """Without the base's own embedding and head, which PEFT files beside their updates."""
-        own = {
-            f"{base.FILE_PREFIX}{wrapper.name}.base_layer.{leaf}": getattr(wrapper, leaf, None)
-            for wrapper in base.wrappers(model)
-            for leaf in ("weight", "bias")
-        }
-        kept = {}
-        for name, tensor in tensors.items():
-            weight = own.get(name)
-            if weight is None:
-                kept[name] = tensor
-            elif weight.shape != tensor.shape or not torch.equal(weight.cpu(), tensor.to(weight.dtype)):
-                raise UserError(
-                    f"adapter: its {name} {tuple(tensor.shape)} is not this base's {tuple(weight.shape)}: it was "
-                    "trained on another base, or with tokens added to the vocabulary"
-                )
-        return kept
-
-    def meaning(self) -> dict[str, Any]:
-        o = self.options
-        return {
-            "peft_type": "LORA",
-            "r": o.rank,
-            "lora_alpha": o.alpha,
-            "use_rslora": o.rslora,
-            "use_dora": self.kind == "dora",
-            "rank_pattern": {name: u.rank for name, u in self._updates.items() if u.rank != o.rank},
-            "alpha_pattern": {name: u.alpha for name, u in self._updates.items() if u.alpha != o.alpha},
-        }
-
-    def adapter_config(self, anatomy: Anatomy, base_name: str) -> dict[str, Any]:
-        o, plan = self.options, self._updates
-        experts = {site.name for site in anatomy.sites if site.role.startswith("experts")}
-        kept = [wrapper for wrapper, chosen in _kept_names(anatomy, o.modules_to_save).items() if chosen]
-        config = {
-            **self.meaning(),
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base_name,
-            # PEFT has no dropout for experts, and refuses the file
-            "lora_dropout": 0.0 if experts else o.dropout,
-            "bias": "none",
-            "fan_in_fan_out": self._conv1d,
-            "inference_mode": True,
-            "init_lora_weights": "gaussian" if o.init == "gaussian" else True,
-            "target_modules": peft_targets(plan.keys() - experts, self._every),
-            "target_parameters": sorted(experts) or None,
-            "modules_to_save": kept or None,
-        }
-        if kept and anatomy.tied:
-            config["ensure_weight_tying"] = True
-        return config
-
-
 class Tuner(LowRank[Options]):
     """LoRA on linear layers, embeddings and experts."""
 
@@ -263,6 +154,16 @@ class Tuner(LowRank[Options]):
         if isinstance(module, nn.Embedding):
             return LoRAEmbedding(site.name, module, update)
         return LoRALinear(site.name, module, update)
+
+    def file(self, made: list[base.Wrapper]) -> None:
+        """Experts as PEFT has them: one wrapper inside the other on their sublayer, the last one outermost."""
+        sublayers: dict[str, list[base.Wrapper]] = {}
+        for wrapper in made:
+            if isinstance(wrapper, LoRAExperts):
+                sublayers.setdefault(wrapper.name.rpartition(".")[0], []).append(wrapper)
+        for sublayer, inside in sublayers.items():
+            for depth, wrapper in enumerate(reversed(inside)):
+                wrapper.filed = sublayer + ".base_layer" * depth
 
 
 def grouped(model: nn.Module, name: str) -> nn.Module:
@@ -276,31 +177,3 @@ def grouped(model: nn.Module, name: str) -> nn.Module:
         raise UserError(f"targets: {name} holds experts that cannot be tuned apart: {reason}. Name other targets")
     group_experts(sublayer, lambda _, parameter: ExpertsLinear(parameter))
     return model.get_submodule(name)
-
-
-def _file_experts(made: list[base.Wrapper]) -> None:
-    """Names the experts' updates as PEFT does: one wrapper inside the other on the sublayer, the last one outermost."""
-    sublayers: dict[str, list[LoRAExperts]] = {}
-    for wrapper in made:
-        if isinstance(wrapper, LoRAExperts):
-            sublayers.setdefault(wrapper.name.rpartition(".")[0], []).append(wrapper)
-    for sublayer, inside in sublayers.items():
-        for depth, wrapper in enumerate(reversed(inside)):
-            wrapper.filed = sublayer + ".base_layer" * depth
-
-
-def _kept_names(anatomy: Anatomy, roles: list[str]) -> dict[str, bool]:
-    everything = anatomy.tied and bool(roles)
-    return {
-        anatomy.embeddings: everything or "embeddings" in roles,
-        anatomy.head: everything or "head" in roles,
-    }
-
-
-def draw_a(a: nn.Parameter, update: Update, generator: torch.Generator) -> None:
-    """A's first values as PEFT draws them: uniform in ±1/√in (Kaiming with a = √5), or normal with deviation 1/rank."""
-    with torch.no_grad():
-        if update.init == "gaussian":
-            a.copy_(torch.randn(a.shape, generator=generator) / update.rank)
-        else:
-            a.copy_((torch.rand(a.shape, generator=generator) * 2 - 1) / math.sqrt(a.shape[-1]))

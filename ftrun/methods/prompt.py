@@ -6,6 +6,7 @@ with the learnt vectors. Packing, positions and caches see k more tokens and nee
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,12 +118,15 @@ class Tuner(base.Tuner[Options]):
         # PEFT's file holds this one name, without the module's
         return {name: item for wrapper in base.wrappers(model) for name, item in wrapper.own().items()}
 
-    def meaning(self) -> dict[str, Any]:
+    def check(self, config: Mapping[str, Any]) -> None:
+        self.check_same(config, self._meaning())
+
+    def _meaning(self) -> dict[str, Any]:
         return {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": self.options.tokens}
 
     def adapter_config(self, anatomy: Anatomy, base_name: str) -> dict[str, Any]:
         return {
-            **self.meaning(),
+            **self._meaning(),
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": base_name,
             "inference_mode": True,

@@ -88,7 +88,9 @@ def test_merged_is_unmerged(family: str, kind: str, kernels: str) -> None:
         assert torch.equal(p, own[name][1]), name
 
 
-@pytest.mark.parametrize("options", [{"rslora": True}, {"targets": ["all", "embeddings", "head"]}])
+@pytest.mark.parametrize(
+    "options", [{"rslora": True}, {"targets": ["all", "embeddings", "head"]}, {"modules_to_save": ["embeddings"]}]
+)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "gpt2"])
 def test_merged_is_unmerged_with_ends_and_rslora(family: str, options: dict) -> None:
     t = tuned(family, "lora", **options)
@@ -96,10 +98,16 @@ def test_merged_is_unmerged_with_ends_and_rslora(family: str, options: dict) -> 
     apart, tied = logits(t.model), t.model.config.tie_word_embeddings
     t.tuner.merge(t.model)
     assert far(logits(t.model), apart) < 1e-5
-    if tied and "targets" in options:
-        assert not t.model.config.tie_word_embeddings
+    assert t.model.config.tie_word_embeddings == (tied and "targets" not in options)
+    if t.model.config.tie_word_embeddings:
+        assert t.model.get_input_embeddings().weight is t.model.get_output_embeddings().weight
     t.tuner.unmerge(t.model)
     assert torch.equal(logits(t.model), apart)
+    shake(t)
+    apart = logits(t.model)
+    t.tuner.merge(t.model)
+    assert far(logits(t.model), apart) < 1e-5
+    t.tuner.unmerge(t.model)
     assert t.model.config.tie_word_embeddings == tied
 
 
@@ -216,6 +224,19 @@ def test_both_kernels_give_the_same_step(kind: str, kernels: str) -> None:
     grads = [[p.grad for g in one.tuner.groups(one.model).values() for p in g] for one in (t, plain)]
     for quick, slow in zip(*grads, strict=True):
         assert (quick - slow).norm() <= 1e-5 * slow.norm()
+
+
+def test_dropout_rests_in_a_resting_model() -> None:
+    t = tuned("llama", "lora", dropout=0.5)
+    shake(t)
+    assert torch.equal(logits(t.model), logits(t.model))
+    t.model.train()
+    assert not torch.equal(logits(t.model), logits(t.model))
+
+
+def test_a_module_is_not_trained_twice() -> None:
+    with pytest.raises(UserError, match="lm_head is selected by targets too"):
+        tuned("llama", "lora", targets=["all", "lm_head"], modules_to_save=["head"])
 
 
 def test_a_wrapper_passes_its_base_on() -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from ftrun.methods.files import load_adapter, save_adapter
 from tests.families import tiny_model
-from tests.methods.tuned import IDS, Tuned, far, logits, losses, prompted, shake, tuned
+from tests.methods.tuned import Tuned, far, logits, losses, prompted, shake, tuned
 
 # name -> family, method, options, what PEFT's own config says for the same
 _PATTERNS = {"rank_pattern": {"last:1": 2, "mlp.down_proj": 6}, "alpha_pattern": {r"layers\.0\..*q_proj": 4.0}}
@@ -82,7 +82,7 @@ def test_the_losses_of_ten_steps_are_the_same(case: str, tmp_path: Path) -> None
     own = trained(t.model)
     assert sum(p.numel() for p in own) == sum(p.numel() for p in trained(referee))
     virtual = prompted(t)
-    model = (lambda ids: t.model(virtual)) if t.tuner.prefix else t.model  # noqa: ARG005
+    model = (lambda ids: t.model(virtual)) if t.tuner.prefix else t.model
     found = losses(model, own, skip=t.tuner.prefix)
     expected = losses(referee, trained(referee), skip=t.tuner.prefix)
     assert found[-1] < found[0] - 0.02
