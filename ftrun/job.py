@@ -67,20 +67,28 @@ class Job:
     log: Part
     device: Part
     lr: float = option(2e-4, "learning rate at its highest", gt=0)
-    steps: int | None = option(None, "optimiser steps", ge=1)
-    epochs: float | None = option(None, "passes over the data", gt=0)
+    steps: int | None = option(None, "optimiser steps; null: as many as epochs needs", ge=1)
+    epochs: float | None = option(None, "passes over the data; null together with steps: 1", gt=0)
     batch: int = option(16, "rows an optimiser step, over all devices and accumulation", ge=1)
     micro_batch: int | str = option("auto", "rows at once on a device, or auto", ge=1, pattern="auto")
-    seq_len: int = option(512, "tokens a row at most", ge=2)
-    seed: int = option(0, "seed of every random choice", ge=0)
-    checkpointing: int | str = option("auto", "none, all, auto, or a number of layers", ge=0, pattern="none|all|auto")
-    kernels: str = option("fast", "fast or reference", choices=("fast", "reference"))
+    seq_len: int = option(512, "tokens a row at most; longer rows: data.overlong", ge=2)
+    seed: int = option(0, "seed of every random choice", ge=0, le=2**32 - 1)
+    checkpointing: int | str = option(
+        "auto", "recompute layers in backward: none, all, auto, or a number", ge=0, pattern="none|all|auto"
+    )
+    kernels: str = option("fast", "fast, or reference: the same maths, the plain way", choices=("fast", "reference"))
     devices: int = option(1, "devices that share the work", ge=1)
     strategy: str = option("auto", "how several devices share", choices=("auto", "ddp", "fsdp"))
-    save_every: int | str | None = option("10min", "steps, or time as 10min", ge=1, pattern=r"\d+(\.\d+)?(s|min|h)")
-    name: str | None = option(None, "the run's name; by default method, rank and the time", pattern=r"[^/\0]+")
+    save_every: int | str | None = option(
+        "10min", "checkpoint each so many steps, or time as 10min", ge=1, pattern=r"\d+(\.\d+)?(s|min|h)"
+    )
+    name: str | None = option(
+        None, "the run's name; by default method, rank and the time", pattern=r"(?!\.{1,2}$)[^/\0]+"
+    )
     out: str | None = option(None, "the run's folder; by default runs/NAME", pattern=r"[^\0]+")
-    resume: str = option("auto", "auto, never or force", choices=("auto", "never", "force"))
+    resume: str = option(
+        "auto", "auto: go on in the same folder; never; force: accept a changed job", choices=("auto", "never", "force")
+    )
     refuse: bool = option(True, "refuse a job that does not fit the device")
     debug: bool = option(False, "show tracebacks")
     tree: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import subprocess
@@ -369,3 +370,29 @@ def test_a_method_from_outside_is_one_file_and_one_yaml(ia3: Path) -> None:
 def test_the_command_is_the_module() -> None:
     assert ftrun("--version").stdout.startswith("ftrun 0.")
     assert compose([]).choices["method"] == "lora"
+
+
+def test_a_method_from_outside_trains(ia3: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    from tests.families import save_tiny
+
+    save_tiny("llama", tmp_path / "model")
+    rows = [{"prompt": f"What is {n} and {n}?", "completion": f"{2 * n}, I think."} for n in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    typed = [
+        "model=folder",
+        f"model.path={tmp_path}/model",
+        "model.dtype=float32",
+        "data=jsonl",
+        "data.path=rows.jsonl",
+    ]
+    typed += ["steps=3", "batch=4", "seq_len=64", "lr=1e-2", "device=cpu", "out=run", "eval=none", "method=ia3"]
+    outside = {**os.environ, "PYTHONPATH": str(ia3 / "site")}
+    command = [sys.executable, "-m", "ftrun", "--config-dir", str(ia3 / "conf"), *typed]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=outside, check=False)
+    assert done.returncode == 0, done.stderr
+    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert len(saved) == 4  # k and v in two layers
+    assert all(name.endswith("ia3_l") and (tensor != 1).any() for name, tensor in saved.items())
+    assert yaml.safe_load((tmp_path / "run" / "job.yaml").read_text())["choices"]["method"] == "ia3"

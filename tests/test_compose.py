@@ -138,6 +138,8 @@ def test_a_recipe_sets_what_it_says_and_the_command_line_wins() -> None:
         ("save_every=soon", "10min"),
         ("seq_len=1", "2 or more"),
         ("name=a/b", "name=a/b"),
+        ("name=..", "name=.."),
+        ("seed=99999999999999999999", "or less"),
         ("+new.key=1", "the key 'new.key' is unknown"),
         ("++x=1", "the key 'x' is unknown"),
         ("+rank=3", "write rank=3"),
