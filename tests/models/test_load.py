@@ -109,7 +109,7 @@ def test_ends_are_tied_again(tmp_path):
 
 
 def test_older_names_of_tensors(tmp_path):
-    """A prefix more or less, and LayerNorm's gamma and beta, as old checkpoints have them."""
+    """A prefix more or less, and buffers that older versions of transformers saved."""
     folder = save_tiny("gpt2", tmp_path / "m")
     expected = logits(theirs(folder))
     rewrite(folder, lambda ts: {k.removeprefix("transformer."): t for k, t in ts.items()})

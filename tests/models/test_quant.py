@@ -70,11 +70,12 @@ def test_a_layer_equals_bitsandbytes_bit_for_bit_and_in_its_product():
     assert torch.equal(ours.absmax, state.absmax)
     assert torch.equal(ours.nested_absmax, state.state2.absmax)
     assert torch.equal(ours.offset, state.offset)
-    x = torch.randn(5, 9, 256).bfloat16()
     theirs.bias.data = theirs.bias.data.bfloat16()
+    x = torch.randn(5, 9, 256).bfloat16().requires_grad_()
     expected, found = theirs(x), ours(x)
-    # one rounding of bfloat16: 2^-8 of the value
-    assert ((found - expected).abs() <= 2**-8 * expected.abs().clamp(min=1e-3)).all()
+    grad = torch.randn_like(found)
+    assert torch.equal(found, expected)
+    assert torch.equal(torch.autograd.grad(found, x, grad)[0], torch.autograd.grad(expected, x, grad)[0])
 
 
 @every
