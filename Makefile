@@ -29,6 +29,7 @@ check: setup ## lint, format, types
 	@$(BIN)/python -m mypy
 
 setup: $(READY) ## fill .venv; quiet where there is nothing to do
+	@:
 
 $(READY): pyproject.toml scripts/constraints.txt
 	@set -e; [ -x $(BIN)/python ] || { \
