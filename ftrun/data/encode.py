@@ -118,8 +118,19 @@ class Encoder:
     def _text(self, where: str, text: Text, ids: np.ndarray) -> Iterator[Row]:
         size = len(ids) + len(self.bos) + 1
         whole = not text.continues and not self.held
-        if not whole or size <= self.room or self._overlong(where, size):
+        if whole and size <= self.room:
+            yield self._document(where, ids)
+        elif not whole or self._overlong(where, size):
             yield from self._windows(where, ids.tolist(), ends=not text.continues)
+
+    def _document(self, where: str, ids: np.ndarray) -> Row:
+        """A text that fits, with BOS where the tokenizer starts with one, and EOS."""
+        eos = self.tokenizer.eos_token_id
+        end = [] if len(ids) and ids[-1] == eos else [eos]
+        whole = np.concatenate([np.asarray(self.bos, np.int32), ids, np.asarray(end, np.int32)])
+        learn = np.ones(len(whole), np.uint8)
+        learn[: len(self.bos)] = 0
+        return Row(where, whole, learn)
 
     def _overlong(self, where: str, size: int) -> bool:
         """Whether a row of `size` tokens is kept, cut."""
@@ -133,14 +144,13 @@ class Encoder:
     def _windows(self, where: str, ids: list[int], ends: bool) -> Iterator[Row]:
         """Rows of `room` tokens out of a document, of which `ids` is the next stretch."""
         eos, size = self.tokenizer.eos_token_id, self.room - len(self.bos)
-        going_on = bool(self.held)
         held = self.held + ids
         if ends and held[-1:] != [eos]:
             held.append(eos)
         full = len(held) // size * size
         taken, self.held = (held, []) if ends or not ids else (held[:full], held[full:])
         windows = [taken[i : i + size] for i in range(0, len(taken), size)]
-        self.tally.counts["windows"] += len(windows) if going_on or len(windows) > 1 or not ends else 0
+        self.tally.counts["windows"] += len(windows)
         for window in windows:
             learn = [0] * len(self.bos) + [1] * len(window)
             yield Row(where, np.array(self.bos + window, np.int32), np.array(learn, np.uint8))
@@ -152,16 +162,20 @@ class Encoder:
         return False
 
     def _tokenise(self, meant: list[Rendered | Text]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(ids, learn) of each; for a Text all is learnt."""
-        easy = [one for one in meant if not (isinstance(one, Rendered) and one.guards)]
-        tokens = self._offsets([one.text for one in easy]) if self.fast else (self._slowly(one) for one in easy)
+        """(ids, learn) of each; of a Text all is learnt."""
+        texts = [one.text for one in meant if isinstance(one, Text)]
+        chats = [one for one in meant if isinstance(one, Rendered) and not one.guards]
+        plain = iter(self._call(texts)["input_ids"] if texts else ())
+        tokens = self._offsets([one.text for one in chats]) if self.fast else map(self._slowly, chats)
         for one in meant:
-            if isinstance(one, Rendered) and one.guards:
+            if isinstance(one, Text):
+                ids = np.asarray(next(plain), np.int32)
+                yield ids, np.ones(len(ids), np.uint8)
+            elif one.guards:
                 yield self._guarded(one)
-                continue
-            ids, starts, ends = next(tokens)
-            spans = one.spans if isinstance(one, Rendered) else [(0, len(one.text) + 1)]
-            yield ids, _learnt(starts, ends, spans)
+            else:
+                ids, starts, ends = next(tokens)
+                yield ids, _learnt(starts, ends, one.spans)
 
     def _offsets(self, texts: list[str]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """(ids, starts, ends) of each text: the characters that each token covers."""
@@ -172,11 +186,11 @@ class Encoder:
             places = np.asarray(offsets, np.int64).reshape(-1, 2)
             yield np.asarray(ids, np.int32), places[:, 0], places[:, 1]
 
-    def _slowly(self, one: Rendered | Text) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _slowly(self, one: Rendered) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The same from a tokenizer that knows no offsets: each edge of a span is found by encoding up to it."""
         ids = self._call([one.text])["input_ids"][0]
         starts = np.zeros(len(ids), np.int64)
-        for edge in sorted({edge for span in (one.spans if isinstance(one, Rendered) else []) for edge in span}):
+        for edge in sorted({edge for span in one.spans for edge in span}):
             before = self._call([one.text[:edge]])["input_ids"][0]
             agree = next((i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), len(before))
             starts[min(agree, len(ids)) :] = edge

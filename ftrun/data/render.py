@@ -58,7 +58,8 @@ class Renderer:
         self.eos: str = tokenizer.eos_token
         names = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} | {self.eos}
         self.controls = re.compile("|".join(re.escape(n) for n in sorted(names, key=len, reverse=True)))
-        self._ending = re.compile(f"(?:{self.controls.pattern})(?=\\s*$)")
+        self._controls = re.compile(f"(?:{self.controls.pattern})+")
+        self._ending = re.compile(f"(?:{self.controls.pattern})+(?=\\s*$)")
         self.folded = 0
         self.skeletons: dict[str, list[str] | None] = {}
 
@@ -133,10 +134,20 @@ class Renderer:
             head = frames[i].rfind(self._opening) if assistant and self._opening else -1
             if head >= 0:
                 start -= len(frames[i]) - head - len(self._opening)
-            tail = frames[i + 1] if i == len(chat.messages) - 1 else _shared(frames[i + 1], closing[-1])
-            control = self.controls.search(tail)
+            last = i == len(chat.messages) - 1
+            tail = frames[i + 1] if last else _shared(frames[i + 1], closing[-1])
+            control = self._controls.search(tail)
+            if control is None and assistant and not last:
+                control = self._turn_end(_shared(frames[i + 1], frames[i]))
             found[i] = Place(start, end + control.end() if control else end, control is not None)
         return found
+
+    def _turn_end(self, both: str) -> re.Match[str] | None:
+        """The control token that ends any turn (gpt-oss: <|end|>, and <|return|> the last alone), out of what follows
+        one turn and another; None where it opens the next turn.
+        """
+        control = self.controls.match(both)
+        return control if control and not self._opening.startswith(control[0]) else None
 
     def _skeleton(self, roles: list[str], tools: list[dict[str, Any]] | None) -> list[str] | None:
         """What the template puts before, between and after the contents of these roles."""

@@ -61,7 +61,7 @@ def read(record: Record, options: DataOptions) -> Chat | Text:
     """A record as a conversation or text. Raises RowError: what was found, what was expected."""
     row = _mapped(record, options.columns) if options.columns else record
     for names, shape in _SHAPES:
-        if all(_present(row, name) for name in names):
+        if all(_column(row, name) for name in names):
             return shape(row, options)
     found = ", ".join(str(k) for k in record) or "none"
     raise RowError(f"found the columns {found}, expected {_EXPECTED}")
@@ -79,49 +79,48 @@ def _mapped(record: Record, columns: Mapping[str, str]) -> dict[str, Any]:
     return {**{k: v for k, v in record.items() if k not in taken}, **{o: record[t] for o, t in columns.items()}}
 
 
-def _present(row: Record, name: str) -> bool:
-    return any(row.get(alias) is not None for alias in name.split("|"))
+def _column(row: Record, names: tuple[str, ...]) -> tuple[str, Any] | None:
+    """The first of a column's names that the row has, and what stands there."""
+    for name in names:
+        found = row.get(name)
+        if found is not None:
+            return name, found
+    return None
 
 
-def _column(row: Record, name: str) -> tuple[str, Any]:
-    return next((alias, row[alias]) for alias in name.split("|") if row.get(alias) is not None)
+def _texts(row: Record, names: tuple[str, ...]) -> str:
+    """A column's text, "" where the row has none."""
+    found = _column(row, names)
+    return text(found[1], found[0]) if found else ""
 
 
 def _messages(row: Record, options: DataOptions) -> Chat:
-    key, found = _column(row, "messages|conversations")
+    key, found = _column(row, _MESSAGES) or ("messages", None)
     messages, flags = _turns(found, key)
     return _chat(row, messages, flags, options)
 
 
 def _prompt_completion(row: Record, options: DataOptions) -> Chat:
-    prompt, completion = row["prompt"], _column(row, _COMPLETION)
-    before: list[Message]
-    after: list[Message]
-    flags: list[bool | None]
-    more: list[bool | None]
-    if isinstance(prompt, str):
-        before, flags = [{"role": "user", "content": text(prompt, "prompt")}], [None]
-    else:
-        before, flags = _turns(prompt, "prompt")
-    if isinstance(completion[1], str):
-        after, more = [{"role": "assistant", "content": text(completion[1], completion[0])}], [None]
-    else:
-        after, more = _turns(completion[1], completion[0])
+    before, flags = _said(row, ("prompt",), "user")
+    after, more = _said(row, _COMPLETION, "assistant")
     return _chat(row, before + after, flags + more, options, first=len(before))
+
+
+def _said(row: Record, names: tuple[str, ...], role: str) -> tuple[list[Message], list[bool | None]]:
+    key, found = _column(row, names) or (names[0], None)
+    if isinstance(found, str):
+        return [{"role": role, "content": text(found, key)}], [None]
+    return _turns(found, key)
 
 
 def _instruction(row: Record, options: DataOptions) -> Chat:
     # without an instruction, the input alone is what is asked
-    asked = text(row["instruction"], "instruction") if row.get("instruction") is not None else ""
-    given = _column(row, "input|context") if _present(row, "input|context") else ("input", "")
-    question = "\n\n".join(part for part in (asked, text(given[1], given[0])) if part)
-    key, answer = _column(row, "output|response")
-    return _asked(row, question, text(answer, key), options)
+    asked = [_texts(row, ("instruction",)), _texts(row, _INPUT)]
+    return _asked(row, "\n\n".join(part for part in asked if part), _texts(row, _OUTPUT), options)
 
 
 def _question(row: Record, options: DataOptions) -> Chat:
-    key, answer = _column(row, "answer|response")
-    return _asked(row, text(row["question"], "question"), text(answer, key), options)
+    return _asked(row, _texts(row, ("question",)), _texts(row, _ANSWER), options)
 
 
 def _asked(row: Record, question: str, answer: str, options: DataOptions) -> Chat:
@@ -139,14 +138,19 @@ def _text(row: Record, options: DataOptions) -> Text:
     return Text(text(row["text"], "text"), bool(row.get(CONTINUES)))
 
 
-_COMPLETION = "completion|response"
-_SHAPES: tuple[tuple[tuple[str, ...], Callable[[Record, DataOptions], Chat | Text]], ...] = (
-    (("messages|conversations",), _messages),
-    (("prompt", _COMPLETION), _prompt_completion),
-    (("instruction", "output|response"), _instruction),
-    (("question", "answer|response"), _question),
-    (("input", "output"), _instruction),
-    (("text",), _text),
+_MESSAGES = ("messages", "conversations")
+_COMPLETION = ("completion", "response")
+_INPUT = ("input", "context")
+_OUTPUT = ("output", "response")
+_ANSWER = ("answer", "response")
+# in this order: the first shape whose columns a row has
+_SHAPES: tuple[tuple[tuple[tuple[str, ...], ...], Callable[[Record, DataOptions], Chat | Text]], ...] = (
+    ((_MESSAGES,), _messages),
+    ((("prompt",), _COMPLETION), _prompt_completion),
+    ((("instruction",), _OUTPUT), _instruction),
+    ((("question",), _ANSWER), _question),
+    ((("input",), ("output",)), _instruction),
+    ((("text",),), _text),
 )
 
 

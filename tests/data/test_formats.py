@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from ftrun import schema
 from ftrun.data import lines
 from ftrun.data.formats import chatterbot, csv, folder, hub, jsonl, mix, parquet, text
@@ -38,7 +39,7 @@ def test_every_yaml_is_its_options(name):
     values = yaml.safe_load((CONF / f"{name}.yaml").read_text())
     kind = values.pop("kind")
     options = schema.read_options(Path(csv.__file__).with_name(f"{kind}.py"))
-    assert list(values) and set(values) == set(schema.field_types(options))
+    assert set(values) == set(schema.field_types(options))
     needed = {"path": "x", "sources": [{"path": "x.jsonl"}]}
     given = {k: needed[k] for k in needed if k in values}
     assert schema.build(options, {**values, **given}, "data") == options(**given)
@@ -292,7 +293,7 @@ def test_hub_streams_plain_data_alone(tmp_path, monkeypatch):
     rows = read(hub, "owner/name")
     assert rows[0] == ("owner/name:row 1", ROWS[0])
     assert hub.fingerprint(hub.Options(path="owner/name", split="x")) == "owner/name@abc:None:x"
-    with pytest.raises(UserError, match="the split 'trian' is unknown. Did you mean 'train'"):
+    with pytest.raises(UserError, match=r"the split 'trian' is unknown. Did you mean 'train'"):
         read(hub, "owner/name", split="trian")
     monkeypatch.setattr(hub, "_READERS", ("parquet",))
     with pytest.raises(UserError, match="found a data set of the kind 'json', expected plain data"):
@@ -309,7 +310,7 @@ def test_chatterbot(monkeypatch):
     assert all([m["role"] for m in r["messages"]][:2] == ["user", "assistant"] for _, r in rows)
     few = list(chatterbot.records(chatterbot.Options(topics=["history"])))
     assert {w.partition(":")[0] for w, _ in few} == {"history.yml"}
-    with pytest.raises(UserError, match="the topic 'histroy' is unknown. Did you mean 'history'"):
+    with pytest.raises(UserError, match=r"the topic 'histroy' is unknown. Did you mean 'history'"):
         chatterbot.check(chatterbot.Options(topics=["histroy"]))
     monkeypatch.setattr(chatterbot.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install --no-deps chatterbot-corpus==1.3.3"):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
+import re
+from pathlib import Path
 
 import pytest
+
 from ftrun.data.template import CHATML, PLAIN
 from ftrun.errors import UserError
-
 from tests.data import small
-from tests.data.conftest import learnt_runs
+from tests.data.conftest import learnt_runs, runs
 
 QUESTIONS = ["What is AI ?", "你好 Ünïcödé", "a lazy dog .", "def f ( x ) :\n return x", "1 2 3"]
 ANSWERS = ["Hello there !", "the quick\nbrown fox", "你好 !", "x", "  jumps over  "]
@@ -78,6 +80,53 @@ def test_the_mask_is_that_of_generation_tags(corpus):
         size = len(train.ids(i))
         assert train.learn(i).tolist() == theirs["assistant_masks"][:size]
         assert not any(theirs["assistant_masks"][size:])
+
+
+TRL = {  # template: its EOS, and what TRL learns of the header that generation begins with
+    "cohere": ("<|END_OF_TURN_TOKEN|>", ""),
+    "cohere2": ("<|END_OF_TURN_TOKEN|>", ""),
+    "deepseekv3": ("<｜end▁of▁sentence｜>", "<｜Assistant｜>"),
+    "gemma": ("<end_of_turn>", ""),
+    "gemma3": ("<end_of_turn>", ""),
+    "glm4moe": ("<|user|>", ""),
+    "gptoss": ("<|return|>", "<|start|>assistant"),
+    "lfm2": ("<|im_end|>", ""),
+    "llama3": ("<|eot_id|>", ""),
+    "phi3": ("<|end|>", ""),
+    "qwen2_5": ("<|im_end|>", ""),
+    "qwen3": ("<|im_end|>", ""),
+    "qwen3_5_think": ("<|im_end|>", "<think>\n"),
+    "qwen3_instruct_2507": ("<|im_end|>", ""),
+}
+
+
+@pytest.mark.parametrize("name", TRL)
+def test_published_templates_are_learnt_as_trl_learns_them(name, corpus):
+    import trl
+
+    folder = Path(trl.__file__).parent / "chat_templates"
+    published, tagged = ((folder / f"{stem}.jinja").read_text() for stem in (name, f"{name}_training"))
+    eos, header = TRL[name]
+    tokenizer = small.byte_level(published, eos)
+    controls = re.findall(r"<[｜|][^<>\s]{1,30}?[｜|]>|<(?:start|end)_of_turn>", tagged)
+    tokenizer.add_special_tokens({"additional_special_tokens": sorted({*controls, eos})})
+    chats = [conversation(random.Random(i), 1 + i % 3) for i in range(9)]
+    chats = [[{**m, "content": m["content"].strip()} for m in chat] for chat in chats]
+    rows = corpus([{"messages": chat} for chat in chats], tokenizer).train
+    assert len(rows) == len(chats)
+    for i, chat in enumerate(chats):
+        theirs = tokenizer.apply_chat_template(
+            chat, chat_template=tagged, return_dict=True, return_assistant_tokens_mask=True
+        )
+        expected = runs(theirs["input_ids"], theirs["assistant_masks"], tokenizer)
+        # TRL learns what follows the turn's end too: a line end, Phi-3's EOS
+        expected = [run.strip().removesuffix("\n<|end|>").removeprefix(header).strip() for run in expected]
+        ours = [run.strip() for run in learnt_runs(rows, i, tokenizer)]
+        if name == "qwen3_5_think":  # the template thinks in the last turn alone, TRL's in each
+            expected[:-1] = [run.removeprefix("</think>\n\n") for run in expected[:-1]]
+        if name == "qwen3":
+            expected[:-1] = [run.removeprefix("<think>\n\n</think>\n\n") for run in expected[:-1]]
+        assert ours == expected
 
 
 def test_smollm2_as_shipped(smollm2, corpus):

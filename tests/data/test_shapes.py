@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from ftrun.data.options import DataOptions
 from ftrun.data.record import RowError
 from ftrun.data.shapes import Chat, Text, read
