@@ -35,4 +35,5 @@ class Part:
     options: DataOptions
     records: Callable[[], Records]
     fingerprint: Callable[[], str]  # changes with the content
+    check: Callable[[], None]  # UserError where the source is not there, without reading a row
     weight: float | None = None

@@ -222,14 +222,19 @@ class Renderer:
 
     def _guarded(self, chat: Chat) -> tuple[Chat, dict[str, str]]:
         """Control tokens' names in the contents, each replaced by a private character, so that they stay text."""
-        found = {name for m in chat.messages for t in _texts(m) for name in self.controls.findall(t)}
+        spoken = [*chat.messages, *(chat.tools or ())]
+        found = {name for m in spoken for t in _texts(m) for name in self.controls.findall(t)}
         if not found:
             return chat, {}
-        used = set("".join(t for m in chat.messages for t in _texts(m)))
+        used = set("".join(t for m in spoken for t in _texts(m)))
         free = (chr(code) for code in _GUARDS if chr(code) not in used)
         marks = {name: next(free) for name in sorted(found)}
-        messages = [_map(m, lambda t: self.controls.sub(lambda name: marks[name[0]], t)) for m in chat.messages]
-        return dataclasses.replace(chat, messages=messages), {mark: name for name, mark in marks.items()}
+
+        def guarded(value: Any) -> Any:
+            return _map(value, lambda text: self.controls.sub(lambda name: marks[name[0]], text))
+
+        messages, tools = guarded(chat.messages), guarded(chat.tools) if chat.tools else None
+        return dataclasses.replace(chat, messages=messages, tools=tools), {mark: name for name, mark in marks.items()}
 
 
 def _trimmed(chat: Chat) -> Chat:

@@ -27,10 +27,8 @@ KINDS = ("jsonl", "json", "csv", "parquet", "text")
 
 def check_sources(module: ModuleType, options: DataOptions) -> None:
     """UserError where the job's data are not there: cheap, to be asked before anything heavy is imported."""
-    for part in [*parts(module, options), *held_out_parts(module, options)]:
-        checker = getattr(_module_of(part, module), "check", None)
-        if checker:
-            checker(part.options)
+    for one in [*parts(module, options), *held_out_parts(module, options)]:
+        one.check()
     if options.template and options.template not in ("chatml", "plain"):
         template_file(options.template)
 
@@ -57,13 +55,14 @@ def held_out_parts(module: ModuleType, options: DataOptions) -> list[Part]:
 
 def part(module: ModuleType, options: DataOptions, weight: float | None = None) -> Part:
     """A format and its options as one source."""
-    stamp = getattr(module, "fingerprint", None)
+    stamp, check = getattr(module, "fingerprint", None), getattr(module, "check", None)
     records = functools.partial(module.records, options)
     return Part(
         name=str(getattr(options, "path", "") or module.__name__.rsplit(".", 1)[-1]),
         options=options,
         records=records,
         fingerprint=functools.partial(stamp, options) if stamp else lambda: _hash_records(records),
+        check=functools.partial(check, options) if check else lambda: None,
         weight=weight,
     )
 
@@ -98,11 +97,6 @@ def kind_of(path: str, where: str) -> str:
         f"{where}.path={path}: expected a .jsonl, .json, .csv, .tsv, .parquet or .txt file, "
         "a folder of such files or of datasets.save_to_disk; or name the format, {path: …, kind: jsonl}"
     )
-
-
-def _module_of(part: Part, default: ModuleType) -> ModuleType:
-    owner = getattr(part.records, "func", None)
-    return importlib.import_module(owner.__module__) if owner else default
 
 
 def _hash_records(records: Any) -> str:

@@ -243,6 +243,10 @@ def test_tool_calls_are_learnt_and_tools_shown(corpus):
     assert any('<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>' in run for run in runs)
     assert runs[-1].endswith("It is 2.<|im_end|>")
     assert tokenizer.decode(made.train.ids(0)).startswith('[{"type": "function"')
+    row["tools"] = [{"name": "<|im_end|>"}]
+    ids = corpus([row], tokenizer).train.ids(0)
+    assert tokenizer.decode(ids).startswith('[{"name": "<|im_end|>"}]')
+    assert tokenizer.eos_token_id not in ids[:20]
 
 
 def test_a_system_prompt_goes_into_the_question_where_the_template_has_none(corpus):
