@@ -8,7 +8,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from torch import nn
 from ftrun.data import batches as batching
 from ftrun.data.load import Corpus, load
 from ftrun.data.prefetch import prefetch
+from ftrun.errors import UserError
 from ftrun.job import Job
 from ftrun.memory.device import Device
 from ftrun.methods.files import load_adapter
@@ -47,10 +50,15 @@ class Sketch:
     quantiser: Any
 
 
-def sketch(job: Job, cache: Path, say: Say) -> Sketch:
-    """The model's skeleton with its parts by role. Raises UserError where targets or layers match nothing."""
+def sketch(job: Job, cache: Path, say: Say, whole: bool = False) -> Sketch:
+    """The model's skeleton with its parts by role; whole: with the base's files at hand, whose config then rules.
+
+    Raises UserError where targets or layers match nothing, or the base cannot be had.
+    """
     register_attention()
     base = open_base(job.model.typed(), job.model.choice, cache, say)
+    if whole:
+        base.fetch()
     model = skeleton(base, attention=PACKED if job.kernels == "fast" else "sdpa")
     method = job.method.typed()
     selected = find_anatomy(model, getattr(method, "targets", None) or "all", getattr(method, "layers", "all"))
@@ -134,9 +142,9 @@ def _groups(job: Job, parts: Sketch, options: Any) -> list[dict[str, Any]]:
     """The trained parameters with their rates: B's may be another (LoRA+), vectors and magnitudes do not decay."""
     found = parts.tuner.groups(parts.model)
     if options.lora_plus != 1 and "B" not in found:
-        from ftrun.errors import UserError
-
-        raise UserError(f"optim.lora_plus={options.lora_plus:g}: method={job.method.choice} has no matrix B to speed up")
+        raise UserError(
+            f"optim.lora_plus={options.lora_plus:g}: method={job.method.choice} has no matrix B to speed up"
+        )
     return [
         {
             "params": parameters,
@@ -153,8 +161,6 @@ def _trained_dtype(parts: Sketch) -> torch.dtype:
 
 def counts(parts: Sketch) -> tuple[int, int]:
     """(parameters of the base and the method, those that train); quantised weights by the shape they stand for."""
-    import math
-
     seen: dict[int, int] = {}
     trained = 0
     for parameter in parts.model.parameters():
@@ -182,3 +188,12 @@ def torch_device(device: Device) -> torch.device:
     from accelerate import PartialState
 
     return PartialState(cpu=device.type == "cpu").device
+
+
+def saved_config(parts: Sketch) -> Any:
+    """The base's own config for a saved model: the skeleton's has dropout and cache taken out."""
+    config = copy.deepcopy(parts.base.config)
+    config.get_text_config().vocab_size = parts.base.rows
+    config.dtype = _trained_dtype(parts)
+    config.architectures = [type(parts.model).__name__]
+    return config

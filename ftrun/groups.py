@@ -37,6 +37,12 @@ def choices_of(group: str, config_dirs: Sequence[Path] = ()) -> list[str]:
     return sorted({p.stem for folder in folders(group, config_dirs) for p in folder.glob("*.yaml")})
 
 
+def defaults() -> dict[str, str]:
+    """Each group's choice where nobody chooses."""
+    entries = read_choice(conf_dir() / "config.yaml")[0]["defaults"]
+    return {str(k): str(v) for entry in entries if isinstance(entry, dict) for k, v in entry.items()}
+
+
 def find_choice(group: str, name: str, config_dirs: Sequence[Path] = ()) -> Path:
     """The YAML of GROUP=NAME. Raises UserError on an unknown name."""
     for folder in folders(group, config_dirs):

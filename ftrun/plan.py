@@ -44,9 +44,7 @@ class Plan:
         return dataclasses.asdict(self)
 
 
-def plan(
-    job: Job, parts: assemble.Sketch, device: Device, micro_batches: Sequence[Batch], recomputed: int
-) -> Plan:
+def plan(job: Job, parts: assemble.Sketch, device: Device, micro_batches: Sequence[Batch], recomputed: int) -> Plan:
     """The memory of one step over `micro_batches`, the optimiser's state in place. Reads and allocates nothing.
 
     micro_batches: real batches on the CPU, of the largest rows that the step will see.
@@ -108,7 +106,8 @@ def _mark(tracker: Tracker, model: nn.Module, tuner: Any) -> None:
     """Book the residents, and have each gradient booked as it is made."""
     trained = "adapters" if tuner.switchable else "weights"
     for module in model.modules():
-        for role, tensors in (module.parts() if hasattr(module, "parts") else {}).items():
+        stored: dict[str, list[torch.Tensor]] = module.parts() if hasattr(module, "parts") else {}  # type: ignore[operator]
+        for role, tensors in stored.items():
             tracker.mark(tensors, role)
         tracker.mark((b for b in module._buffers.values() if b is not None), "weights")
     for parameter in model.parameters():

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from ftrun.errors import UserError, nearest, unknown
-from ftrun.groups import find_choice, keys_of, leaves, one_line, overrides_of
+from ftrun.groups import defaults, find_choice, keys_of, leaves, one_line, overrides_of
 from ftrun.job import ROOMS
 
 # where a run writes is not what it is: the job runs again in a folder of its own
@@ -31,10 +31,15 @@ class JobFile:
         return f"job={self.path}"
 
     def kept(self, chosen: Mapping[str, str], config_dirs: Sequence[Path] = ()) -> dict[str, str]:
-        """The file's choices, less those of the groups that the command line chooses, itself or by a choice's YAML."""
-        taken = set(chosen)
+        """The file's choices, less those of the groups that the command line chooses.
+
+        A choice of the command line may bring others with it (method=qlora: quant=nf4): they take the place of what
+        the file has at its default, not of what somebody chose.
+        """
+        taken, usual = set(chosen), defaults()
         for group, name in chosen.items():
-            taken |= overrides_of(group, name, config_dirs).keys()
+            brought = overrides_of(group, name, config_dirs)
+            taken |= {g for g in brought if self.choices.get(g) == usual.get(g)}
         kept = {g: c for g, c in self.choices.items() if g not in taken}
         for group, name in kept.items():
             try:

@@ -124,5 +124,6 @@ def _refusal(chosen: Settled, device: Device) -> str:
         f"the job needs {chosen.plan.peak_bytes / 1e9:.2f} GB at its peak ({heaviest}: {size / 1e9:.2f} GB); "
         f"{device.name} has {device.free_bytes / 1e9:.2f} GB free, of which {SHARE:.0%} may be planned for. "
         f"Planned with micro_batch={chosen.micro_batch}, {chosen.recomputed} layers recomputed. "
-        "Less: a smaller seq_len, quant=nf4, checkpointing=all, micro_batch=1, optim=adamw_8bit; refuse=false starts it all the same"
+        "Less memory: a smaller seq_len, quant=nf4, checkpointing=all, micro_batch=1, optim=adamw_8bit; "
+        "refuse=false starts it all the same"
     )

@@ -82,7 +82,8 @@ class Batch:
     def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         """The same batch with every tensor changed."""
         names = ("input_ids", "position_ids", "targets", "learnt")
-        return replace(self, **{name: change(getattr(self, name)) for name in names})
+        changed: dict[str, Any] = {name: change(getattr(self, name)) for name in names}
+        return replace(self, **changed)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""

@@ -231,6 +231,9 @@ def test_a_changed_group_leaves_the_files_values_behind(tmp_path: Path) -> None:
 def test_a_choice_on_top_of_a_file_brings_what_it_needs(tmp_path: Path) -> None:
     path = write_job(tmp_path, "method=lora")
     assert compose([f"job={path}", "method=qlora"]).choices["quant"] == "nf4"
+    path = write_job(tmp_path, "method=lora", "quant=fp4", "optim=sgd")
+    assert compose([f"job={path}", "method=qlora"]).choices["quant"] == "fp4"
+    assert compose([f"job={path}", "method=qlora"]).choices["optim"] == "sgd"
     path = write_job(tmp_path, "method=lora", "quant=nf4", "quant.double_quant=false")
     kept = compose([f"job={path}", "method=dora"]).quant
     assert (kept.choice, kept.options.double_quant) == ("nf4", False)

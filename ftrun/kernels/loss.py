@@ -55,7 +55,7 @@ def chunked_loss(
     the head is a frozen matrix and nothing else, that matrix: then each chunk's gradient is taken at once.
     """
     if weight_VD is not None:
-        return _FrozenHeadLoss.apply(hidden_ND, weight_VD, targets_N, shape, chunk)  # type: ignore[no-any-return]
+        return _FrozenHeadLoss.apply(hidden_ND, weight_VD, targets_N, shape, chunk)
     total = hidden_ND.new_zeros((), dtype=torch.float32)
     for hidden, targets in zip(hidden_ND.split(chunk), targets_N.split(chunk), strict=True):
         total = total + checkpoint(_head_loss, hidden, targets, head, shape, use_reentrant=False)

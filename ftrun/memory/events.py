@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -35,7 +36,8 @@ def allocations() -> Iterator[Allocations]:
         with _quiet():
             profile.__exit__(None, None, None)
         level = 0
-        for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
+        recorded: Any = profile.profiler.kineto_results  # type: ignore[union-attr]
+        for event in recorded.events():
             if event.name() == "[memory]":
                 level += event.nbytes()
                 seen.peak = max(seen.peak, level)

@@ -82,11 +82,11 @@ class TokenLoss:
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """(rows, width, D): what the head reads."""
-        return self.model.base_model(**self._inputs(batch)).last_hidden_state  # type: ignore[no-any-return]
+        return self.model.base_model(**self._inputs(batch)).last_hidden_state
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """(rows, width, V), the model's own."""
-        return self.model(**self._inputs(batch)).logits  # type: ignore[no-any-return]
+        return self.model(**self._inputs(batch)).logits
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
@@ -107,5 +107,6 @@ def logit_shape(config: Any) -> Shape:
 
 def _frozen(head: nn.Module) -> torch.Tensor | None:
     """The head's matrix where it is frozen and the head is nothing but it."""
-    plain = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
-    return head.weight if plain else None
+    if type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad:
+        return head.weight
+    return None

@@ -16,7 +16,7 @@ from ftrun.errors import UserError
 from ftrun.evals.answer import answer
 from ftrun.evals.held_out import evaluate
 from ftrun.job import Job
-from ftrun.memory.device import resolve
+from ftrun.memory.device import Device, resolve
 from ftrun.memory.events import Allocations, allocations, resident_bytes
 from ftrun.memory.measure import Meter
 from ftrun.methods.files import save_adapter
@@ -49,8 +49,8 @@ class Session:
         job, say = self.job, self.console.say
         self.options = job.eval.typed()
         self.tracker = job.log.load().sink(job.log.typed(), out.name, say)
-        self.device = resolve(job.device.typed())
-        self.parts = assemble.sketch(job, self.cache, say)
+        self.device = self._device()
+        self.parts = assemble.sketch(job, self.cache, say, whole=True)
         self.corpus = assemble.rows(job, self.parts, self.cache, say)
         for note in job.optim.typed().notes(self.device.type):
             say(note)
@@ -59,10 +59,20 @@ class Session:
         self.total = assemble.steps_of(job, self.corpus)
         self.settled = settle(job, self.parts, self.corpus, self.device, self.pad_id, self.total)
 
+    def _device(self) -> Device:
+        device = resolve(self.job.device.typed())
+        if not device.present:
+            size = f"{device.total_bytes / 1e9:.0f} GB"
+            raise UserError(f"device={self.job.device.choice}: {device.name} with {size} is not on this machine")
+        if self.job.devices > 1 or self.job.strategy != "auto":
+            found = f"devices={self.job.devices}, strategy={self.job.strategy}"
+            raise UserError(f"{found}: expected devices=1 and strategy=auto; this version trains on one device")
+        return device
+
     def train(self, run: Run) -> dict[str, Any]:
         """Weights, evaluation, the loop, evaluation, the adapter; returns what result.json holds."""
-        self._start(run)
         torch_device = assemble.torch_device(self.device)
+        self._start(run)
         torch.manual_seed(self.job.seed)
         assemble.furnish(self.job, self.parts, torch_device, self.cache, self.console.say, self.settled.recomputed)
         self.work = assemble.work(self.job, self.parts, torch_device, self.total)
@@ -133,7 +143,9 @@ class Session:
         if work.save_steps or work.save_seconds:
             work.save = lambda progress: self._checkpoint(run, progress)
         if options.evaluates and len(self.corpus.held_out):
-            held_out = assemble.evaluation_batches(job, self.corpus, options.rows, self.settled.micro_batch, self.pad_id)
+            held_out = assemble.evaluation_batches(
+                job, self.corpus, options.rows, self.settled.micro_batch, self.pad_id
+            )
             work.evaluate = lambda step: evaluate(work.model, self._loss, held_out, step)
             work.evaluate_every, work.patience = options.every, options.patience
             if options.keep_best:
@@ -189,7 +201,7 @@ class Session:
         ids = prompt_ids(options.prompt, tokenizer, self.corpus.held_out)
         with attention(self.work.model, "sdpa"), self.work.autocast():
             text = answer(self.work.model, tokenizer, [*prefix, *ids], options.max_new_tokens)
-        return {"prompt": options.prompt or tokenizer.decode(ids, skip_special_tokens=True), "answer": text}
+        return {"prompt": options.prompt or asked(ids, tokenizer), "answer": text}
 
     def _record(self, record: StepRecord | EvalRecord) -> None:
         for sink in self.sinks:
@@ -216,8 +228,8 @@ class Session:
             write_json(run.path / "adapter" / "provenance.json", self.provenance())
             return
         with aside(run.path / "model") as beside:
-            parts.model.config.use_cache = True
             parts.model.save_pretrained(beside)
+            assemble.saved_config(parts).save_pretrained(beside)
             parts.base.tokenizer().save_pretrained(beside)
         write_json(run.path / "model" / "provenance.json", self.provenance())
 
@@ -273,6 +285,18 @@ def prompt_ids(prompt: str | None, tokenizer: Any, held_out: Any) -> list[int]:
     return list(tokenizer(prompt).input_ids)
 
 
+def asked(ids: list[int], tokenizer: Any) -> str:
+    """The words of a row's prompt, without the frame that the chat template puts around a user's message."""
+    text = str(tokenizer.decode(ids))
+    if tokenizer.chat_template:
+        message = [{"role": "user", "content": "\x00"}]
+        frame = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        before, _, after = frame.partition("\x00")
+        if after and text.startswith(before) and text.endswith(after):
+            return text[len(before) : -len(after)]
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
 def _figures(found: dict[str, Any]) -> dict[str, Any]:
     return {k: found[k] for k in ("loss", "perplexity", "tokens") if k in found}
 
@@ -281,4 +305,3 @@ def _samples(evals: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     answers = {when: found["answer"] for when, found in evals.items() if found.get("answer") is not None}
     prompt = next((found["prompt"] for found in evals.values() if "prompt" in found), None)
     return [{"prompt": prompt, **answers}] if answers else []
-

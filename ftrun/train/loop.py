@@ -114,7 +114,7 @@ def gradients(work: Work, micro_batches: Sequence[Batch]) -> tuple[torch.Tensor,
         with work.autocast():
             loss = work.loss(batch.to(work.device))
         # divided by the whole step's count, so that k micro-batches equal one batch
-        (loss / supervised).backward()  # type: ignore[no-untyped-call]
+        (loss / supervised).backward()
         total += loss.detach()
     parameters = [p for group in work.optimiser.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if work.clip is None else work.clip)

@@ -15,9 +15,7 @@ def recompute(layers: Sequence[nn.Module], preserve_rng: bool) -> None:
     preserve_rng: whether the layers draw random numbers (dropout), which the second pass must draw again.
     """
     for layer in layers:
-        layer.forward = functools.partial(  # type: ignore[method-assign]
-            _call, layer.forward, preserve_rng
-        )
+        layer.forward = functools.partial(_call, layer.forward, preserve_rng)
 
 
 def _call(forward, preserve_rng, *args, **kwargs):  # type: ignore[no-untyped-def]
