@@ -55,6 +55,8 @@ def render(report: dict[str, Any], console: Console) -> None:
         console.rule(Text(f"{row['where']}  {row['tokens']} tokens, {row['supervised']} learnt"), align="left")
         console.print(_marked(row["pieces"]), soft_wrap=True, highlight=False)
     console.rule("⟦ learnt ⟧", align="left")
+    figures = [f"{k} {report['lengths'][k]:,}" for k in ("min", "median", "mean", "p90", "p99", "max")]
+    console.print(f"tokens a row: {', '.join(figures)}", highlight=False)
     console.print(_histogram(report["lengths"]))
     console.print(_summary(report))
     for entry in report["left_out"]:
@@ -113,8 +115,7 @@ def _marked(pieces: list[dict[str, Any]]) -> Text:
 
 
 def _histogram(lengths: dict[str, Any]) -> Table:
-    title = "tokens a row: " + ", ".join(f"{k} {lengths[k]:,}" for k in ("min", "median", "mean", "p90", "p99", "max"))
-    table = Table(box=None, show_header=False, title=title, title_justify="left", title_style="")
+    table = Table(box=None, show_header=False)
     most = max(bin["rows"] for bin in lengths["histogram"])
     for bin in lengths["histogram"]:
         bar = "█" * max(round(_BAR * bin["rows"] / most), 1 if bin["rows"] else 0)
