@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from ftrun.errors import UserError
 from ftrun.methods.base import wrappers
+from ftrun.methods.houlsby import Bottleneck, Options
 from tests.families import FAMILIES, tiny_model
 from tests.methods.tuned import IDS, far, logits, shake, tuned
 
@@ -61,3 +62,16 @@ def test_over_a_bfloat16_base_the_product_is_in_bfloat16() -> None:
     t = tuned("llama", "houlsby", base=tiny_model("llama").bfloat16(), dtype="bfloat16")
     assert {p.dtype for group in t.tuner.groups(t.model).values() for p in group} == {torch.bfloat16}
     assert logits(t.model).dtype == torch.bfloat16
+
+
+def test_a_router_beside_the_output_is_passed_on() -> None:
+    class Sparse(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, str]:
+            return super().forward(x), "scores"
+
+    layer = Bottleneck("mlp", Sparse(8, 8), 8, Options(placement="parallel"))
+    torch.nn.init.ones_(layer.up_bias)
+    x = torch.randn(2, 8)
+    out, scores = layer(x)
+    assert scores == "scores"
+    assert torch.allclose(out, layer.base(x)[0] + 1)

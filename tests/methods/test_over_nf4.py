@@ -10,13 +10,16 @@ import peft
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from transformers import AutoModelForCausalLM
 
 from ftrun.errors import UserError
 from ftrun.methods.base import swap
 from ftrun.methods.files import load_adapter, save_adapter
 from ftrun.models.quant import nf4
-from tests.families import tiny_model
-from tests.methods.tuned import far, logits, losses, shake, tuned
+from ftrun.models.select import anatomy
+from tests.families import tiny, tiny_model
+from tests.methods.tuned import far, logits, losses, shake, tuned, tuner_of
 
 
 def linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
@@ -99,6 +102,40 @@ def test_merged_in_memory_it_is_dense_and_the_same(kind: str) -> None:
     t.tuner.unmerge(t.model)
     assert torch.equal(logits(t.model), apart)
     assert all(b is stored[n] for n, b in t.model.named_buffers() if b.dtype == torch.uint8)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "houlsby", "prompt"])
+def test_a_step_over_stored_weights_goes_on_without_values(kind: str) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        config, quantiser = tiny("llama", intermediate_size=128), nf4.Quantiser(nf4.Options())
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        for name, layer in linears(model):
+            swap(model, name, quantiser.empty(layer))
+        tuner = tuner_of(kind)
+        tuner.attach(model, anatomy(model, "all", "all"))
+        tuner.initialise(model, 0)
+        model(torch.full((1, 6), 272)).logits.float().sum().backward()
+        grads = [p.grad for group in tuner.groups(model).values() for p in group]
+    assert all(g is not None and g.dtype == torch.float32 for g in grads)
+
+
+def test_experts_are_tuned_over_stored_experts() -> None:
+    model, quantiser = tiny_model("mixtral", intermediate_size=128), nf4.Quantiser(nf4.Options())
+    for layer in model.model.layers:
+        weights = {name: p.detach() for name, p in layer.mlp.experts.named_parameters()}
+        experts = quantiser.group(layer.mlp.experts)
+        for name, weight in weights.items():
+            experts.get_submodule(name).fill(weight)
+    t = tuned("mixtral", "lora", base=model, targets="experts")
+    assert torch.equal(logits(t.model), t.before)
+    assert len(t.tuner.state(t.model)) == 2 * 2 * 2
+    shake(t)
+    apart = logits(t.model)
+    assert far(apart, t.before) > 1e-3
+    t.tuner.merge(t.model)
+    assert far(logits(t.model), apart) < 1e-5
+    t.tuner.unmerge(t.model)
+    assert torch.equal(logits(t.model), apart)
 
 
 def test_full_over_a_quantised_base_is_refused() -> None:

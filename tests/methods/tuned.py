@@ -84,10 +84,10 @@ def far(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def losses(model: nn.Module, parameters: list[nn.Parameter], steps: int = 10, skip: int = 0) -> list[float]:
     """The loss of each of `steps` AdamW steps on IDS; `skip` virtual positions are not in the model's logits."""
-    optimiser = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.01)
+    optimiser = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.01)
     found = []
     for _ in range(steps):
-        out = model(IDS).logits[:, skip:]
+        out = model(IDS).logits[:, skip:].float()
         loss = F.cross_entropy(out[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
         optimiser.zero_grad()
         loss.backward()
