@@ -69,9 +69,9 @@ class Wrapper(nn.Module):
         """The plain layer with the merged weight in the base's dtype; the base itself is left as it is."""
         return with_weight(self.base, self.merged_weight())
 
-    def generator(self, seed: int, part: str = "") -> torch.Generator:
+    def generator(self, seed: int) -> torch.Generator:
         """A CPU generator that depends on the seed and on this module's name alone."""
-        digest = hashlib.sha256(f"{seed}:{self.name}:{part}".encode()).digest()
+        digest = hashlib.sha256(f"{seed}:{self.name}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
     @property
