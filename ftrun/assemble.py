@@ -80,7 +80,8 @@ def furnish(job: Job, parts: Sketch, device: torch.device, cache: Path, say: Say
     parts.tuner.initialise(parts.model, job.seed, parts.base.tokenizer())
     source = getattr(parts.tuner.options, "from_", None)
     if source:
-        _, tensors = load_adapter(Path(source).expanduser())
+        config, tensors = load_adapter(Path(source).expanduser())
+        parts.tuner.check(config)
         parts.tuner.load_state(parts.model, tensors)
 
 

@@ -1,0 +1,121 @@
+"""One step is one step: however its rows are cut, packed or padded, fused or plain."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ftrun import assemble
+from ftrun.errors import Interrupted, RunFailed
+from ftrun.runs import cache_dir
+from ftrun.train.loop import Progress, gradients, train
+from ftrun.values import Batch
+from tests.jobs import tiny_job
+
+
+def first_gradients(tmp_path: Path, *more: str) -> tuple[float, dict[str, torch.Tensor]]:
+    job = tiny_job(tmp_path, "batch=12", *more)
+    parts, corpus = built(job)
+    work = assemble.work(job, parts, torch.device("cpu"), total=1)
+    work.clip = None
+    batches = assemble.step_batches(job, corpus, int(job.micro_batch), 0, step=0)
+    loss, _ = gradients(work, batches)
+    found = {n: p.grad.clone() for n, p in parts.model.named_parameters() if p.grad is not None}
+    return float(loss) / sum(b.supervised for b in batches), found
+
+
+def built(job):  # type: ignore[no-untyped-def]
+    parts = assemble.sketch(job, cache_dir(), print, whole=True)
+    corpus = assemble.rows(job, parts, cache_dir(), print)
+    assemble.furnish(job, parts, torch.device("cpu"), cache_dir(), print, recomputed=0)
+    torch.manual_seed(1)
+    with torch.no_grad():  # B away from zero, so that A has a gradient as well
+        for name, parameter in parts.model.named_parameters():
+            if parameter.requires_grad and "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return parts, corpus
+
+
+@pytest.mark.parametrize("kernels", ["fast", "reference"])
+@pytest.mark.parametrize("method", ["lora", "dora", "full"])
+@pytest.mark.parametrize("micro_batch", [1, 4, 6])
+def test_micro_batches_equal_one_batch(tmp_path: Path, method: str, kernels: str, micro_batch: int) -> None:
+    common = (f"method={method}", f"kernels={kernels}")
+    loss, whole = first_gradients(tmp_path, *common, "micro_batch=12")
+    cut_loss, cut = first_gradients(tmp_path, *common, f"micro_batch={micro_batch}")
+    assert cut_loss == pytest.approx(loss, rel=1e-6)
+    assert whole.keys() == cut.keys()
+    for name, gradient in whole.items():
+        error = float((gradient - cut[name]).norm() / gradient.norm())
+        assert error < 1e-5, f"{name}: {error}"
+
+
+def test_recomputation_changes_no_gradient(tmp_path: Path) -> None:
+    job = tiny_job(tmp_path, "method=lora", "micro_batch=4")
+    found = []
+    for recomputed in (0, 1, 2):
+        parts = assemble.sketch(job, cache_dir(), print, whole=True)
+        corpus = assemble.rows(job, parts, cache_dir(), print)
+        assemble.furnish(job, parts, torch.device("cpu"), cache_dir(), print, recomputed)
+        work = assemble.work(job, parts, torch.device("cpu"), total=1)
+        gradients(work, assemble.step_batches(job, corpus, 4, 0, step=0))
+        found.append([p.grad for p in parts.model.parameters() if p.grad is not None])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def ready(tmp_path: Path, *more: str, total: int = 4):  # type: ignore[no-untyped-def]
+    job = tiny_job(tmp_path, f"steps={total}", "micro_batch=4", *more)
+    parts, corpus = built(job)
+    work = assemble.work(job, parts, torch.device("cpu"), total)
+    work.batches = lambda start: iter([assemble.step_batches(job, corpus, 4, 0, s) for s in range(start, total)])
+    return work
+
+
+def test_records_follow_the_schedule(tmp_path: Path) -> None:
+    work = ready(tmp_path, "method=lora", "lr=1e-3", "optim.warmup=1", "optim.schedule=linear")
+    records = list(train(work, Progress()))
+    assert [r.step for r in records] == [1, 2, 3, 4]
+    assert [r.lr for r in records] == pytest.approx([1e-3 * work.schedule(s) for s in range(4)])
+    assert records[0].lr < records[1].lr > records[3].lr
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_rows(tmp_path: Path) -> None:
+    work = ready(tmp_path, "method=lora")
+    before = [p.detach().clone() for p in work.model.parameters()]
+    own = work.loss
+    work.loss = lambda batch: own(batch) * float("nan")
+    with pytest.raises(RunFailed, match=r"step 1: loss nan.*Rows of the batch: \[\d+"):
+        list(train(work, Progress()))
+    assert all(torch.equal(a, b) for a, b in zip(before, work.model.parameters(), strict=True))
+
+
+def test_a_request_to_stop_saves_first(tmp_path: Path) -> None:
+    work, saved = ready(tmp_path, "method=lora"), []
+    work.save = lambda progress: saved.append(progress.step)
+    work.stop = lambda: True
+    with pytest.raises(Interrupted, match="after step 1 of 4"):
+        list(train(work, Progress()))
+    assert saved == [1]
+
+
+def test_stops_early_when_evaluations_get_no_better(tmp_path: Path) -> None:
+    from ftrun.values import EvalRecord
+
+    work, losses = ready(tmp_path, "method=lora", total=6), iter([2.0, 1.0, 1.5, 1.2, 0.5, 0.1])
+    work.evaluate = lambda step: EvalRecord(step, next(losses), 1.0, 1, 0.0)
+    work.evaluate_every, work.patience = 1, 2
+    best: list[int] = []
+    work.save_best = lambda progress: best.append(progress.step)
+    progress = Progress()
+    list(train(work, progress))
+    assert (progress.step, progress.best_step, best) == (4, 2, [1, 2])
+
+
+def test_a_batch_moves_whole() -> None:
+    ids = torch.arange(4)[None]
+    batch = Batch(ids, ids, torch.tensor([[-100, 2, 3, -100]]), (4,), True, 4, 2, (0,))
+    assert batch.learnt.tolist() == [1, 2]
+    assert batch.to("cpu").learnt.tolist() == [1, 2]
