@@ -25,7 +25,7 @@ from ftrun.data.template import adopt
 from ftrun.errors import UserError
 
 # what does not change a source's rows
-_UNCACHED = {"held_out", "held_out_most", "held_out_path", "held_out_split", "template"}
+_UNCACHED = {"distinct", "held_out", "held_out_most", "held_out_path", "held_out_split", "template"}
 _COUNTS = ("read", "bad", "nothing_to_learn", "overlong", "truncated", "windows", "turns_apart", "system_folded")
 
 
@@ -77,6 +77,9 @@ def load(
     if not len(together):
         raise UserError(_nothing(stores))
     kept, held = _split(together, stores, options, seed) if not apart else (np.arange(len(together)), None)
+    if options.distinct:
+        kept = _first_of_each(kept, stores)
+        held = None if held is None else _first_of_each(held, stores)
     held_out = _together(tested, prefix_ids) if held is None else together.take(held)
     train = _mixed(together, kept, own, getattr(options, "until", "all"), seed)
     _warn(stores + tested, say)
@@ -151,6 +154,12 @@ def _split(rows: Rows, stores: list[store.Store], options: DataOptions, seed: in
     chosen[order[: min(taken, len(sizes) - 1)]] = True
     held = chosen[group]
     return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def _first_of_each(indices: np.ndarray, stores: list[store.Store]) -> np.ndarray:
+    """Those of the indices whose row has not come before."""
+    hashes = np.concatenate([one.hash for one in stores])[indices]
+    return indices[np.sort(np.unique(hashes, return_index=True)[1])]
 
 
 def _mixed(rows: Rows, kept: np.ndarray, own: list[Part], until: str, seed: int) -> Rows:

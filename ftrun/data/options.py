@@ -50,6 +50,7 @@ class DataOptions:
     bad_rows: str = option("error", "a row that cannot be read: stop, or leave it out", choices=("error", "skip"))
     held_out: int | float = option(0.05, "rows kept for evaluation: a share below 1, or a number; 0 = none", ge=0)
     held_out_most: int = option(500, "rows that a share may hold out at most", ge=1)
+    distinct: bool = option(False, "take each row once, however often it repeats word for word")
     limit: int | None = option(None, "take the first so many rows of a source; null = all", ge=1)
 
     def __post_init__(self) -> None:

@@ -83,8 +83,6 @@ class Session:
             for record in train(self.work, self.progress):
                 self.began = True
                 self._record(record)
-        if self.work.save_best and self.progress.best_step not in (None, self.progress.step):
-            self._load_trained(checkpoint.load(run.checkpoints / "best").trained)
         self._evaluate_ends("after", run)
         self._save(run)
         return {**self.summary(), "status": "finished"}
@@ -186,6 +184,11 @@ class Session:
             self.evals["before"] = next((r for r in jsonl.read(run.path / "evals.jsonl") if r["step"] == 0), {})
             return
         record = self.work.evaluate(self.progress.step)
+        best = self.progress.best_loss
+        if when == "after" and self.work.save_best and best is not None and best < record.loss:
+            self._load_trained(checkpoint.load(run.checkpoints / "best").trained)
+            self.console.say(f"the best weights are those of step {self.progress.best_step}: they are handed over")
+            record = self.work.evaluate(self.progress.step)
         said = self._answer()
         record = EvalRecord(**{**asdict(record), "extra": said})
         self.evals[when] = {**asdict(record), **said}

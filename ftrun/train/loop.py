@@ -70,9 +70,11 @@ def train(work: Work, progress: Progress) -> Iterator[StepRecord | EvalRecord]:
         record = _step(work, micro_batches, progress.step)
         _count(progress, record)
         yield record
-        if work.evaluate and work.evaluate_every and progress.step % work.evaluate_every == 0:
+        ended = progress.step >= work.total
+        # the last step's evaluation belongs to whoever ends the run
+        if not ended and work.evaluate and work.evaluate_every and progress.step % work.evaluate_every == 0:
             yield _evaluate(work, progress)
-        ended = progress.step >= work.total or _is_stale(work, progress)
+            ended = _is_stale(work, progress)
         stop = work.stop() and not ended
         if work.save and not ended and (stop or _save_due(work, progress, saved_at)):
             work.save(progress)
