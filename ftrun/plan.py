@@ -18,7 +18,7 @@ from ftrun.memory.device import Device
 from ftrun.memory.track import Moment, Tracker
 from ftrun.models.forward import TokenLoss
 from ftrun.models.load import prepare
-from ftrun.train.loop import gradients, update
+from ftrun.train.loop import Work, gradients, update
 from ftrun.values import Batch
 
 CUDA_BLOCK = 512  # bytes: PyTorch's caching allocator rounds every block up to this
@@ -59,12 +59,11 @@ def plan(job: Job, parts: assemble.Sketch, device: Device, micro_batches: Sequen
         fakes = [batch.each(mode.from_tensor) for batch in micro_batches]
         with tracker:
             _mark(tracker, twin.model, twin.tuner)
-            for _ in range(2):  # the second step, when the optimiser's state exists
-                tracker.mark(_optimiser_state(work.optimiser), "optimizer")
-                tracker.reset_peak()
-                gradients(work, fakes)
-                update(work)
+            _make_state(work)
             tracker.mark(_optimiser_state(work.optimiser), "optimizer")
+            tracker.reset_peak()
+            gradients(work, fakes)
+            update(work)
         return _summary(twin, tracker, device, micro_batches, recomputed)
 
 
@@ -114,6 +113,14 @@ def _mark(tracker: Tracker, model: nn.Module, tuner: Any) -> None:
         tracker.mark([parameter], trained if parameter.requires_grad else "weights")
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p: tracker.mark([p.grad], "gradients"))
+
+
+def _make_state(work: Work) -> None:
+    """The optimiser's state as after a first step, without the step: gradients of nothing are enough to make it."""
+    for group in work.optimiser.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    update(work)
 
 
 def _optimiser_state(optimiser: torch.optim.Optimizer) -> list[torch.Tensor]:

@@ -46,15 +46,22 @@ class Console:
         self._seconds: list[float] = []
         self._drawn = 0.0
         self._run: Path | None = None
+        self._shown = False
+
+    def show(self, job: dict[str, Any]) -> None:
+        """Show the composed job, before anything heavy is loaded; `start` shows it where nobody has."""
+        self._shown = True
+        for label, text in wording.job_rows(job):
+            self._row(label, text)
 
     def start(self, job: dict[str, Any], run: Path) -> None:
-        """Open log.txt (what was said before comes first in it) and show the job."""
+        """Open log.txt (what was said before comes first in it)."""
         self._run = run
         self._log = (run / "log.txt").open("a", encoding="utf-8")
         self._log.writelines(f"{line}\n" for line in self._early)
         self._early.clear()
-        for label, text in wording.job_rows(job):
-            self._row(label, text)
+        if not self._shown:
+            self.show(job)
         self._log.flush()
 
     def step(self, record: StepRecord) -> None:

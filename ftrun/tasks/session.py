@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
+import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +27,7 @@ from ftrun.metrics.console import Console
 from ftrun.metrics.sink import Sink
 from ftrun.models.forward import attention
 from ftrun.optim import state as optimiser_state
-from ftrun.runs import Run, aside, write_json
+from ftrun.runs import Run, aside, read_json, write_json
 from ftrun.settle import settle
 from ftrun.train import checkpoint
 from ftrun.train.interrupt import stop_requests
@@ -183,6 +185,8 @@ class Session:
         if when == "before" and self.progress.step:
             self.evals["before"] = next((r for r in jsonl.read(run.path / "evals.jsonl") if r["step"] == 0), {})
             return
+        if when == "before" and self._evaluated_before():
+            return
         record = self.work.evaluate(self.progress.step)
         best = self.progress.best_loss
         if when == "after" and self.work.save_best and best is not None and best < record.loss:
@@ -190,10 +194,35 @@ class Session:
             self.console.say(f"the best weights are those of step {self.progress.best_step}: they are handed over")
             record = self.work.evaluate(self.progress.step)
         said = self._answer()
-        record = EvalRecord(**{**asdict(record), "extra": said})
-        self.evals[when] = {**asdict(record), **said}
+        self._note_evaluation(when, EvalRecord(**{**asdict(record), "extra": said}))
+        if when == "before" and (kept := self._base_figures()):
+            write_json(kept, asdict(record) | {"extra": said})
+
+    def _note_evaluation(self, when: str, record: EvalRecord) -> None:
+        self.evals[when] = {**asdict(record), **record.extra}
         for sink in self.sinks:
             sink.evaluation(record)
+
+    def _evaluated_before(self) -> bool:
+        """Whether an earlier run has evaluated this very base on these very rows; its figures are then taken."""
+        path = self._base_figures()
+        found = read_json(path) if path and path.is_file() else None
+        if found is None:
+            return False
+        self._note_evaluation("before", EvalRecord(**found))
+        self.console.say("        (the base's figures on these rows, from the cache)")
+        return True
+
+    def _base_figures(self) -> Path | None:
+        """Where the untuned base's figures are kept; None where step 0 is not the base itself."""
+        tuner, held_out = self.parts.tuner, self.corpus.held_out
+        if tuner.prefix or getattr(tuner.options, "from_", None):
+            return None
+        rows = [[*map(int, held_out.ids(i)), -1, *map(int, held_out.learn(i))] for i in range(len(held_out))]
+        facts = [self.parts.base.hash(), self.parts.quantiser.scheme(), self.job.model.options.dtype, self.job.kernels]
+        facts += [asdict(self.options), self.device.type, torch.__version__, rows]
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+        return self.cache / "evals" / f"{digest[:32]}.json"
 
     def _answer(self) -> dict[str, Any]:
         """The user's prompt, or the first held-out row's, answered by the model as it is now."""

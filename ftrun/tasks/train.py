@@ -17,6 +17,7 @@ def run(job: Job) -> int:
     if finished(out, job):
         return 0
     console = Console()
+    console.show(job.as_dict())
     from ftrun.tasks.session import Session
 
     session = Session(job, cache_dir(), console)

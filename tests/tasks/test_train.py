@@ -28,7 +28,8 @@ def test_a_run_leaves_what_the_contract_names(tmp_path: Path, capsys: pytest.Cap
     run = tmp_path / "run"
     metrics, evals = lines(run / "metrics.jsonl"), lines(run / "evals.jsonl")
     assert [m["step"] for m in metrics] == [1, 2, 3]
-    named = "step loss lr grad_norm tokens supervised_tokens tokens_per_s mem_allocated mem_peak seconds".split()
+    named = ["step", "loss", "lr", "grad_norm", "tokens", "supervised_tokens", "tokens_per_s"]
+    named += ["mem_allocated", "mem_peak", "seconds"]
     assert list(metrics[0]) == named
     assert [e["step"] for e in evals] == [0, 2, 3]
     result = json.loads((run / "result.json").read_text())
@@ -36,7 +37,9 @@ def test_a_run_leaves_what_the_contract_names(tmp_path: Path, capsys: pytest.Cap
     assert result["steps"] == 3
     assert result["eval"]["after"]["loss"] < result["eval"]["before"]["loss"]
     assert result["tokens"] == sum(m["tokens"] for m in metrics)
-    assert result["trainable_params"] == sum(t.numel() for t in load_file(run / "adapter/adapter_model.safetensors").values())
+    assert result["trainable_params"] == sum(
+        t.numel() for t in load_file(run / "adapter/adapter_model.safetensors").values()
+    )
     plan = json.loads((run / "plan.json").read_text())
     assert sum(plan["at_peak"].values()) == plan["peak_bytes"]
     assert abs(result["memory"]["error"]) < 0.01
@@ -95,15 +98,16 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
     made = "model/model.safetensors" if method == "full" else "adapter/adapter_model.safetensors"
     assert (tmp_path / "cut" / made).read_bytes() == (tmp_path / "whole" / made).read_bytes()
     timeless = [
-        [{k: m[k] for k in ("step", "loss", "lr", "grad_norm", "tokens")} for m in lines(tmp_path / run / "metrics.jsonl")]
+        [
+            {k: m[k] for k in ("step", "loss", "lr", "grad_norm", "tokens")}
+            for m in lines(tmp_path / run / "metrics.jsonl")
+        ]
         for run in ("whole", "cut")
     ]
     assert timeless[0] == timeless[1]
 
 
-def test_a_request_to_stop_ends_with_a_checkpoint_and_a_result(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_request_to_stop_ends_with_a_checkpoint_and_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = tiny_job(tmp_path, "method=lora", "steps=3")
     own = loop._count
 
