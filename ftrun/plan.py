@@ -105,10 +105,10 @@ def _mark(tracker: Tracker, model: nn.Module, tuner: Any) -> None:
     """Book the residents, and have each gradient booked as it is made."""
     trained = "adapters" if tuner.switchable else "weights"
     for module in model.modules():
-        stored: dict[str, list[torch.Tensor]] = module.parts() if hasattr(module, "parts") else {}  # type: ignore[operator]
+        plain = {"weights": [b for b in module._buffers.values() if b is not None]}
+        stored: dict[str, list[torch.Tensor]] = module.parts() if hasattr(module, "parts") else plain  # type: ignore[operator]
         for role, tensors in stored.items():
             tracker.mark(tensors, role)
-        tracker.mark((b for b in module._buffers.values() if b is not None), "weights")
     for parameter in model.parameters():
         tracker.mark([parameter], trained if parameter.requires_grad else "weights")
         if parameter.requires_grad:

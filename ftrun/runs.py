@@ -100,9 +100,21 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def open_run(path: Path, job: Mapping[str, Any], resume: str) -> Run:
-    """The folder of `job`, made now or found with the same job in it.
+    """The folder of `job`, made now or found with the same job in it; raises UserError as `check_run` does."""
+    there = check_run(path, job, resume)
+    if there is None:
+        _make(path, job)
+        return Run(path, fresh=True)
+    if there != dict(job):
+        _write_yaml(path / "job.yaml", job)
+    return Run(path, fresh=False)
 
-    Raises UserError where another job lies there (with the difference), or where resume=never and one lies there.
+
+def check_run(path: Path, job: Mapping[str, Any], resume: str) -> dict[str, Any] | None:
+    """The job that lies in the folder `path`, None where nothing does. Touches nothing.
+
+    Raises UserError where another job lies there (with the difference), where one does and resume=never, or where
+    the folder is something else.
     """
     held = path / "job.yaml"
     if path.exists() and not path.is_dir():
@@ -110,17 +122,19 @@ def open_run(path: Path, job: Mapping[str, Any], resume: str) -> Run:
     if not held.is_file():
         if path.is_dir() and any(path.iterdir()):
             raise UserError(f"out={path}: the folder is not empty and holds no run (no job.yaml); name another")
-        _make(path, job)
-        return Run(path, fresh=True)
+        return None
     if resume == "never":
         raise UserError(f"out={path}: a run lies there and resume=never; name another folder, or resume=auto")
-    there = yaml.safe_load(held.read_text(encoding="utf-8"))
+    try:
+        there = yaml.safe_load(held.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{held}: not readable as YAML; name another out") from error
+    if not isinstance(there, dict):
+        raise UserError(f"{held}: expected a mapping, found {type(there).__name__}; name another out")
     changes = differences(there, job)
     if changes and resume != "force":
         raise UserError(f"out={path}: another job lies there.\n{_listed(changes)}\nName another out, or resume=force")
-    if there != dict(job):
-        _write_yaml(held, job)
-    return Run(path, fresh=False)
+    return there
 
 
 def _make(path: Path, job: Mapping[str, Any]) -> None:

@@ -98,15 +98,16 @@ def plain(key: str, value: str) -> Any:
 
 
 def parse(arguments: Iterable[str], multirun: bool) -> list[Override]:
-    """The overrides, in order. Raises UserError on what is none, and on two that contradict each other."""
-    parsed: list[Override] = []
+    """The overrides, in order; of one key given twice the last rules, as in Hydra, so that scripts can append.
+
+    Raises UserError on what is no override.
+    """
+    parsed: dict[str, Override] = {}
     for argument in arguments:
         one = _parse_one(argument, multirun)
-        other = next((o for o in parsed if o.key == one.key and o.text != one.text), None)
-        if other:
-            raise UserError(f"{one.key} is given twice: {_short(other.text)} and {_short(one.text)}. Keep one of them")
-        parsed += [] if any(o.key == one.key for o in parsed) else [one]
-    return parsed
+        parsed.pop(one.key, None)
+        parsed[one.key] = one
+    return list(parsed.values())
 
 
 def _parse_one(argument: str, multirun: bool) -> Override:

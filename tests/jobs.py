@@ -43,7 +43,7 @@ def overrides(base: Path, rows: Path, *more: str) -> list[str]:
         "batch=4",
         "device=cpu",
     ]
-    named = {m.partition("=")[0] for m in more}
+    named = {m.partition("=")[0] for m in more} | ({"eval.max_new_tokens"} if "eval=none" in more else set())
     return [*(c for c in common if c.partition("=")[0] not in named), *more]
 
 
@@ -52,5 +52,9 @@ def tiny_job(tmp_path: Path, *more: str, family: str = "llama") -> Job:
     base, rows = tiny_base(tmp_path / family, family), tmp_path / "rows.jsonl"
     if not rows.exists():
         write_rows(rows)
+    chosen = next((m.partition("=")[2] for m in more if m.startswith(("data=", "recipe="))), "jsonl")
+    if chosen != "jsonl":  # another kind of data, or a recipe's own
+        common = [c for c in overrides(base, rows, *more) if c not in ("data=jsonl", f"data.path={rows}")]
+        return compose([*common, f"out={tmp_path / 'run'}"])
     out = [] if any(m.startswith("out=") for m in more) else [f"out={tmp_path / 'run'}"]
     return compose(overrides(base, rows, *out, *more))

@@ -167,7 +167,6 @@ def test_an_interval_cannot_be_swept() -> None:
         parse(["lr=interval(0,1)"], multirun=True)
 
 
-def test_given_twice() -> None:
-    with pytest.raises(UserError, match="rank is given twice: rank=8 and rank=9"):
-        parse(["rank=8", "lr=1", "rank=9"], multirun=False)
+def test_of_a_key_given_twice_the_last_rules() -> None:
+    assert [o.text for o in parse(["rank=8", "lr=1", "rank=9"], multirun=False)] == ["lr=1", "rank=9"]
     assert len(parse(["rank=8", "rank=8"], multirun=False)) == 1

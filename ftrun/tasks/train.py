@@ -8,12 +8,13 @@ from pathlib import Path
 from ftrun.errors import Interrupted, RunFailed
 from ftrun.job import Job
 from ftrun.metrics.console import Console
-from ftrun.runs import cache_dir, open_run, read_json
+from ftrun.runs import cache_dir, check_run, open_run, read_json
 
 
 def run(job: Job) -> int:
     """Train the job and leave its run folder; returns the exit code."""
     out = Path(job.out) if job.out else Path("runs") / (job.name or default_name(job))
+    check_run(out, job.as_dict(), job.resume)
     if finished(out, job):
         return 0
     console = Console()
@@ -46,10 +47,9 @@ def default_name(job: Job) -> str:
 
 
 def finished(out: Path, job: Job) -> bool:
-    """Whether this very job is done in `out`; says so. A different job there is refused when the folder is opened."""
+    """Whether the job in `out` is done; says so."""
     result = read_json(out / "result.json") if out.is_dir() else None
-    if not result or result.get("status") != "finished" or job.resume == "never":
+    if not result or result.get("status") != "finished":
         return False
-    open_run(out, job.as_dict(), job.resume)
     print(f"{out}: finished, {result.get('steps')} steps; loss {result.get('loss_last')}. Nothing to do")
     return True
