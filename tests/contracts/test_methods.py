@@ -99,7 +99,7 @@ def test_merged_gives_the_same_logits(trained) -> None:  # type: ignore[no-untyp
 
 
 def test_its_planned_bytes_are_its_real_bytes(trained) -> None:  # type: ignore[no-untyped-def]
-    job, folder = trained
+    _, folder = trained
     memory = json.loads((folder / "run" / "result.json").read_text())["memory"]
     # a tiny model's peak is a few MB: what is left are the random-number and bookkeeping tensors, some kB
     assert abs(memory["error"]) < 0.02, memory
