@@ -1,4 +1,4 @@
-"""ftrun data: the first rows as the model will see them, and what was dropped and why."""
+"""Show the first rows as the model will see them, and what was dropped and why."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ftrun train: plan, assemble, train, evaluate, hand over. Read it from the top."""
+"""Train the job: plan, assemble, train, evaluate, hand over."""
 
 from __future__ import annotations
 
