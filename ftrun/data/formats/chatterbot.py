@@ -21,6 +21,7 @@ PACKAGE = "chatterbot-corpus==1.3.3"
 class Options(DataOptions):
     """A question and its answers, in turns: user, assistant, user, …"""
 
+    distinct: bool = option(True, "take each row once: 1,127 of the corpus's 2,026 repeat another word for word")
     topics: list[str] = option([], "files to take, [ai,history]; [] = all")
 
 
