@@ -33,7 +33,7 @@ from ftrun.models.select import anatomy as find_anatomy
 from ftrun.models.skeleton import skeleton
 from ftrun.optim.schedule import rate
 from ftrun.train.loop import Work
-from ftrun.train.recompute import recompute
+from ftrun.train.recompute import keep_all, recompute
 from ftrun.values import Anatomy, Batch
 
 Say = Callable[[str], None]
@@ -76,7 +76,8 @@ def rows(job: Job, parts: Sketch, cache: Path, say: Say) -> Corpus:
 def furnish(job: Job, parts: Sketch, device: torch.device, cache: Path, say: Say, recomputed: int) -> None:
     """Weights into the skeleton, then the method on top, drawn or read from `method.from`."""
     fill(parts.model, parts.base, parts.quantiser, device, cache, say)
-    attach(job, parts, recomputed)
+    attach(job, parts)
+    recompute_first(parts, recomputed)
     parts.tuner.initialise(parts.model, job.seed, parts.base.tokenizer())
     source = getattr(parts.tuner.options, "from_", None)
     if source:
@@ -85,17 +86,26 @@ def furnish(job: Job, parts: Sketch, device: torch.device, cache: Path, say: Say
         parts.tuner.load_state(parts.model, tensors)
 
 
-def attach(job: Job, parts: Sketch, recomputed: int) -> None:
-    """The method on the model; the first `recomputed` decoder layers are computed again in the backward pass."""
+def attach(job: Job, parts: Sketch) -> None:
+    """The method on the model, whether its tensors are real, fake or on meta."""
     parts.tuner.attach(parts.model, parts.anatomy, kernels=job.kernels)
-    dropout = bool(getattr(parts.tuner.options, "dropout", 0.0))
-    recompute(_layers(parts)[:recomputed], preserve_rng=dropout)
 
 
-def _layers(parts: Sketch) -> list[nn.Module]:
+def recompute_first(parts: Sketch, layers: int) -> None:
+    """The first `layers` decoder layers, and no others, are computed again in the backward pass."""
+    every = decoder(parts)
+    keep_all(every)
+    recompute(every[:layers], preserve_rng=bool(getattr(parts.tuner.options, "dropout", 0.0)))
+
+
+def decoder(parts: Sketch) -> list[nn.Module]:
     """The decoder's layers, in order."""
-    stack = parts.anatomy.blocks[0].name.rpartition(".")[0]
-    return list(parts.model.get_submodule(stack))
+    return list(parts.model.get_submodule(stack_name(parts)))
+
+
+def stack_name(parts: Sketch) -> str:
+    """The dotted name of the list that holds the decoder's layers."""
+    return parts.anatomy.blocks[0].name.rpartition(".")[0]
 
 
 def steps_of(job: Job, corpus: Corpus) -> int:
@@ -118,12 +128,20 @@ def step_batches(job: Job, corpus: Corpus, micro_batch: int, pad_id: int, step: 
 
 
 def work(
-    job: Job, parts: Sketch, device: torch.device, total: int, loss: Callable[[Batch], torch.Tensor] | None = None
+    job: Job,
+    parts: Sketch,
+    device: torch.device,
+    total: int,
+    loss: Callable[[Batch], torch.Tensor] | None = None,
+    kind: str | None = None,
 ) -> Work:
-    """What the loop works with; the caller adds the batches, the evaluations and the checkpoints."""
+    """What the loop works with; the caller adds the batches, the evaluations and the checkpoints.
+
+    kind: the device type that the job is for, where its tensors lie on another (a plan's are fake ones on the CPU).
+    """
     options = job.optim.typed()
     groups = _groups(job, parts, options)
-    optimiser = job.optim.load().build(groups, options, device.type)
+    optimiser = job.optim.load().build(groups, options, kind or device.type)
     low = parts.base.dtype == torch.bfloat16 and not parts.tuner.switchable and _trained_dtype(parts) == torch.float32
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16) if low else contextlib.nullcontext
     return Work(

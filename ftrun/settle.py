@@ -12,6 +12,7 @@ from ftrun.errors import DoesNotFit
 from ftrun.job import Job
 from ftrun.memory.device import Device
 from ftrun.plan import Plan, plan
+from ftrun.twin import Twin
 from ftrun.values import Batch
 
 ENOUGH = 2048  # tokens at once beyond which more of them no longer make a device faster
@@ -36,17 +37,17 @@ def settle(job: Job, parts: Sketch, corpus: Corpus, device: Device, pad_id: int,
     else the largest that fits with all layers recomputed, and then as few recomputed layers as fit.
     Raises DoesNotFit (exit code 3), with the component that weighs most, where nothing fits and refuse=true.
     """
-    depth = parts.anatomy.depth
+    depth, twin = parts.anatomy.depth, Twin(job, parts, device.type)
     tries: dict[tuple[int, int], Settled] = {}
 
     def attempt(rows: int, layers: int) -> Settled:
         if (rows, layers) not in tries:
             step, batches = _largest(job, corpus, rows, pad_id, total)
-            tries[rows, layers] = Settled(rows, layers, plan(job, parts, device, batches, layers), step)
+            tries[rows, layers] = Settled(rows, layers, plan(twin, device, batches, layers), step)
         return tries[rows, layers]
 
     def fits(one: Settled) -> bool:
-        return one.plan.peak_bytes <= SHARE * device.free_bytes
+        return one.plan.needed_bytes <= SHARE * device.free_bytes
 
     chosen = _choose(_row_counts(job), _layer_counts(job, depth), attempt, fits)
     if not fits(chosen) and job.refuse:

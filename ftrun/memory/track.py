@@ -6,7 +6,7 @@ Works on fake tensors, where nothing is allocated: the sizes are those of the re
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,20 +15,61 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+FORWARD, BACKWARD = "forward", "backward"  # of a decoder layer
 ROLES = ("weights", "quant_constants", "adapters", "gradients", "optimizer", "activations", "logits", "batch", "other")
+
+
+@dataclass(frozen=True)
+class Instant:
+    """A named part of a step: `name` ("forward", "loss", "backward", …), the micro-batch, the decoder layer."""
+
+    name: str
+    part: int = 0
+    layer: int | None = None
+
+    def words(self, parts: int = 1) -> str:
+        """As a user reads it: "backward of layer 31", with the micro-batch where there are several."""
+        text = self.name if self.layer is None else f"{self.name} of layer {self.layer}"
+        shared = self.name in ("clipping", "optimiser step")
+        return text if parts == 1 or shared else f"{text}, micro-batch {self.part + 1}"
+
+    def renumbered(self, layers: Sequence[int]) -> Instant:
+        """The same instant, its layer's number being a place in `layers`."""
+        return self if self.layer is None else Instant(self.name, self.part, layers[self.layer])
 
 
 @dataclass
 class Moment:
-    """The live bytes by role at one instant, and what ran then."""
+    """The live bytes by role at one moment."""
 
     total: int = 0
     by_role: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ROLES, 0))
-    label: str = ""
+
+    def copy(self) -> Moment:
+        return Moment(self.total, dict(self.by_role))
+
+    def plus(self, other: Moment, times: int = 1) -> Moment:
+        """This, and `times` the other."""
+        by_role = {role: size + times * other.by_role[role] for role, size in self.by_role.items()}
+        return Moment(self.total + times * other.total, by_role)
+
+    def less(self, other: Moment) -> Moment:
+        """What this has more than the other."""
+        return self.plus(other, -1)
+
+
+@dataclass
+class Segment:
+    """What happens under one name: what was live as it began, and the moment at which most was."""
+
+    instant: Instant
+    start: Moment
+    peak: Moment
+    tick: int = 0  # how old the newest storage was at the peak
 
 
 class Tracker(TorchDispatchMode):
-    """While active, knows the live bytes by role, and the moment at which they were most.
+    """While active, knows the live bytes by role, and in each segment the moment at which they were most.
 
     rounding: every storage counts as a multiple of so many bytes (512 for CUDA's caching allocator, 1 for none).
     """
@@ -36,27 +77,51 @@ class Tracker(TorchDispatchMode):
     def __init__(self, rounding: int = 1) -> None:
         super().__init__()
         self.rounding = rounding
-        self.live: dict[int, tuple[str, int]] = {}  # storage -> role, bytes
+        self.live: dict[int, tuple[str, int, int]] = {}  # storage -> role, bytes, when it was first seen
         self.now = Moment()
-        self.peak = Moment()
-        self.label = ""
-        self._role = "activations"
+        self.segments: list[Segment] = []
+        self.tick = 0
+        self.part = 0  # the micro-batch at hand
+        self.default_role = "activations"  # of what an operation makes, until somebody marks it
+        self.begin(Instant("start"))
+
+    @property
+    def peak(self) -> Segment:
+        """The segment with the highest moment, the first of equals."""
+        return max(self.segments, key=lambda segment: segment.peak.total)
+
+    def begin(self, instant: Instant) -> None:
+        """A new segment, from what is live now."""
+        self.segments.append(Segment(instant, self.now.copy(), self.now.copy(), self.tick))
+
+    def forget(self) -> None:
+        """The segments so far do not count."""
+        self.segments.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
-                self._follow(leaf, self._role)
+                self._follow(leaf, self.default_role)
         return out
+
+    def held(self, tensors: Iterable[torch.Tensor]) -> Moment:
+        """What the storages behind `tensors` take, by role, each counted once."""
+        found = Moment()
+        for key in {tensor.untyped_storage()._cdata for tensor in tensors}:
+            role, size, _ = self.live[key]
+            found.total += size
+            found.by_role[role] += size
+        return found
 
     @contextmanager
     def role(self, name: str) -> Iterator[None]:
         """New storages within the block belong to `name`."""
-        before, self._role = self._role, name
+        before, self.default_role = self.default_role, name
         try:
             yield
         finally:
-            self._role = before
+            self.default_role = before
 
     def mark(self, tensors: Iterable[torch.Tensor], role: str) -> None:
         """These tensors' storages belong to `role`, whatever they were before; unknown ones are followed from now."""
@@ -64,14 +129,14 @@ class Tracker(TorchDispatchMode):
             key = self._follow(tensor, role)
             if key is None or key not in self.live or self.live[key][0] == role:
                 continue
-            old, size = self.live[key]
-            self.live[key] = (role, size)
-            self.now.by_role[old] -= size
-            self.now.by_role[role] += size
-
-    def reset_peak(self) -> None:
-        """From here on the peak is a new one."""
-        self.peak = Moment(self.now.total, dict(self.now.by_role), self.label)
+            old, size, born = self.live[key]
+            self.live[key] = (role, size, born)
+            moments = [self.now]
+            if self.segments and born <= self.segments[-1].tick:  # it was there at the segment's peak
+                moments.append(self.segments[-1].peak)
+            for moment in moments:
+                moment.by_role[old] -= size
+                moment.by_role[role] += size
 
     def _follow(self, tensor: torch.Tensor, role: str) -> int | None:
         if tensor.device.type == "meta":
@@ -81,15 +146,16 @@ class Tracker(TorchDispatchMode):
         if key in self.live:
             return key
         size = -(-storage.nbytes() // self.rounding) * self.rounding
-        self.live[key] = (role, size)
+        self.tick += 1
+        self.live[key] = (role, size, self.tick)
         weakref.finalize(storage, self._drop, key)
         self._add(role, size)
-        if self.now.total > self.peak.total:
-            self.peak = Moment(self.now.total, dict(self.now.by_role), self.label)
+        if self.segments and self.now.total > self.segments[-1].peak.total:
+            self.segments[-1].peak, self.segments[-1].tick = self.now.copy(), self.tick
         return key
 
     def _drop(self, key: int) -> None:
-        role, size = self.live.pop(key)
+        role, size, _ = self.live.pop(key)
         self._add(role, -size)
 
     def _add(self, role: str, size: int) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from ftrun.errors import UserError
 
+_KINDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8", torch.int8: "I8"}
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -24,6 +25,22 @@ def save_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, 
     own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     save_file(own, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def file_size(tensors: Mapping[str, torch.Tensor]) -> int:
+    """Bytes of the file that `save_adapter` would write; the tensors may be on meta.
+
+    The format (safetensors): 8 bytes, a JSON header filled up to a multiple of 8, the bytes of the tensors, those of
+    the widest dtypes first, then by name.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        kind = _KINDS[tensor.dtype]
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    size = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + size + -size % 8 + end
 
 
 def load_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -82,7 +82,7 @@ class Tuner(base.Tuner[Options]):
         """Nothing to draw: training starts from the base."""
 
     def named(self, model: nn.Module) -> dict[str, base.Trained]:
-        found = {name: model.get_parameter(name) for name in self._names}
+        found = {name: p for name, p in model.named_parameters() if p.requires_grad}
         return {n: base.Trained("matrices" if p.ndim > 1 else "vectors", p) for n, p in found.items()}
 
     def readable(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:

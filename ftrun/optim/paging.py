@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,9 +18,13 @@ def paging_note(name: str, paged: bool, device: str) -> list[str]:
     return []
 
 
-def paged_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the optimiser's state that may move to host memory, whether its tensors are real or fake."""
+def paged_bytes(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor] | None = None) -> int:
+    """Bytes of the optimiser's state that may move to host memory, whether its tensors are real or fake.
+
+    parameters: count the state of these alone.
+    """
     if not getattr(optimizer, "is_paged", False):
         return 0
-    big = (state for p, state in optimizer.state.items() if p.numel() >= PAGED_FROM)
+    chosen = list(optimizer.state) if parameters is None else [p for p in parameters if p in optimizer.state]
+    big = (optimizer.state[p] for p in chosen if p.numel() >= PAGED_FROM)
     return sum(state[k].nbytes for state in big for k in ("state1", "state2") if k in state)

@@ -110,6 +110,11 @@ def _step(work: Work, micro_batches: Sequence[Batch], step: int) -> StepRecord:
 
 def gradients(work: Work, micro_batches: Sequence[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
     """The step's gradients, accumulated and clipped; returns (sum of losses, gradient norm), both on the device."""
+    return accumulate(work, micro_batches), clip(work)
+
+
+def accumulate(work: Work, micro_batches: Sequence[Batch]) -> torch.Tensor:
+    """The gradients of the step's mean loss, summed over its micro-batches; returns the sum of losses, in nats."""
     supervised = sum(b.supervised for b in micro_batches)
     total = torch.zeros((), dtype=torch.float32, device=work.device)
     for batch in micro_batches:
@@ -118,9 +123,17 @@ def gradients(work: Work, micro_batches: Sequence[Batch]) -> tuple[torch.Tensor,
         # divided by the whole step's count, so that k micro-batches equal one batch
         (loss / supervised).backward()
         total += loss.detach()
-    parameters = [p for group in work.optimiser.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if work.clip is None else work.clip)
-    return total, norm
+    return total
+
+
+def clip(work: Work) -> torch.Tensor:
+    """Scales the gradients down to `work.clip` where their norm is larger; returns the norm before."""
+    return clip_gradients([p for group in work.optimiser.param_groups for p in group["params"]], work.clip)
+
+
+def clip_gradients(parameters: Sequence[torch.Tensor], largest: float | None) -> torch.Tensor:
+    """Clips the gradients of `parameters` to a norm of `largest` (None: only measures); returns the norm before."""
+    return torch.nn.utils.clip_grad_norm_(parameters, math.inf if largest is None else largest)
 
 
 def update(work: Work) -> None:
