@@ -75,6 +75,11 @@ class Twin:
         self._known: dict[Any, _Few] = {}
         self._ends: tuple[Sequence[stack.Run], dict[str, Moment]] | None = None
 
+    @property
+    def depth(self) -> int:
+        """Decoder layers in all."""
+        return len(self.layers)
+
     def step(self, micro_batches: Sequence[Batch], recomputed: int) -> Lived:
         """One optimiser step over `micro_batches` (real, on the CPU), the optimiser's state in place.
 
@@ -140,25 +145,26 @@ class Twin:
         the optimiser takes grows evenly with each run's layers.
         """
         if self._ends is None or self._ends[0] != runs:
-            few = self._end_alone([layer for run in runs for layer in run.layers()])[OPTIMISER]
+            few = next(s.peak.less(s.start) for s in segments if s.instant.name == OPTIMISER)
             update = few
             for run in (run for run in runs if run.left_out):
                 layers = [layer for r in runs for layer in r.layers(more=int(r is run))]
-                update = update.plus(self._end_alone(layers)[OPTIMISER].less(few), run.left_out)
+                update = update.plus(self._update_alone(layers).less(few), run.left_out)
             self._ends = runs, {CLIPPING: self._clipping(), OPTIMISER: update}
         for segment in segments:
             if segment.instant.name in self._ends[1]:
                 segment.peak = segment.start.plus(self._ends[1][segment.instant.name])
 
-    def _end_alone(self, layers: Sequence[int]) -> dict[str, Moment]:
-        """What clipping and the optimiser's step add at their peaks, with these layers alone."""
+    def _update_alone(self, layers: Sequence[int]) -> Moment:
+        """What the optimiser's step adds at its peak, with these layers alone."""
         with _only(self.parts, self.layers, layers), self._at_work() as (tracker, work):
             for group in work.optimiser.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = torch.zeros_like(parameter)
                 tracker.mark([p.grad for p in group["params"]], "gradients")
-            _end(tracker, work)
-            return {s.instant.name: s.peak.less(s.start) for s in tracker.segments}
+            tracker.begin(Instant(OPTIMISER))
+            update(work)
+            return tracker.segments[-1].peak.less(tracker.segments[-1].start)
 
     def _clipping(self) -> Moment:
         """What clipping the gradients of all layers adds at its peak."""

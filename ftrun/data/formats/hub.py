@@ -16,6 +16,9 @@ from ftrun.schema import option
 _READERS = ("parquet", "json", "csv", "text", "arrow")
 
 
+REMOTE = True  # its rows are fetched: a plan does without
+
+
 @dataclass(frozen=True)
 class Options(DataOptions):
     """A data set's id, "owner/name"."""
