@@ -18,6 +18,7 @@ from ftrun import assemble
 from ftrun.job import Job
 from ftrun.memory import stack
 from ftrun.memory.track import BACKWARD, FORWARD, Instant, Moment, Segment, Tracker
+from ftrun.methods.base import Wrapper
 from ftrun.methods.files import file_size
 from ftrun.models.forward import TokenLoss
 from ftrun.models.load import prepare
@@ -122,7 +123,8 @@ class Twin:
             with tracker:
                 _mark(tracker, self.parts)
                 _make_state(work)
-                tracker.mark(_optimiser_state(work.optimiser), "optimizer")
+                for tensor in _optimiser_state(work.optimiser):
+                    tracker.mark([tensor], "optimizer" if tensor.numel() > 1 else "other")  # counters of steps
                 tracker.forget()
                 yield tracker, work
 
@@ -350,13 +352,17 @@ def _to_fake(model: nn.Module, made: dict[int, Any]) -> None:
 
 
 def _mark(tracker: Tracker, parts: assemble.Sketch) -> None:
-    """Book the residents, and have each gradient booked as it is made."""
+    """Book what is there before a step: weights as they are stored, what trains, and what a module merely keeps."""
     trained = "adapters" if parts.tuner.switchable else "weights"
     for module in parts.model.modules():
-        plain = {"weights": [b for b in module._buffers.values() if b is not None]}
-        stored: dict[str, list[torch.Tensor]] = module.parts() if hasattr(module, "parts") else plain
-        for role, tensors in stored.items():
-            tracker.mark(tensors, role)
+        if hasattr(module, "parts"):
+            for role, tensors in module.parts().items():
+                tracker.mark(tensors, role)
+        else:
+            kept = "adapters" if isinstance(module, Wrapper) else "other"  # rotary frequencies are no weights
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    tracker.mark([buffer], kept if name in module._non_persistent_buffers_set else "weights")
     for parameter in parts.model.parameters():
         tracker.mark([parameter], trained if parameter.requires_grad else "weights")
 

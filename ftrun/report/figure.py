@@ -18,6 +18,7 @@ _COLOURS = {
     "logits": "#9c6b4e",
     "batch": "#9498a0",
     "other": "#c9ccd1",
+    "rounding": "#e3e5e8",
 }
 _WIDTH, _HEIGHT = 960, 560
 _LEFT, _RIGHT = 84, 24  # room for the axis, for the last label

@@ -21,6 +21,7 @@ ROLES = {
     "logits": ("logits and their loss", "L", "bright_red"),
     "batch": ("batch", "b", "white"),
     "other": ("other", "·", "bright_black"),
+    "rounding": ("rounding to the allocator's blocks", "+", "bright_black"),
 }
 _BAR, _WIDE, _HIGH = 60, 72, 8  # characters: the stacked bar, the picture of a step, its height in lines
 
