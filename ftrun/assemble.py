@@ -146,7 +146,7 @@ def work(
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16) if low else contextlib.nullcontext
     return Work(
         model=parts.model,
-        loss=loss or TokenLoss(parts.model, job.kernels),
+        loss=loss or TokenLoss(parts.model, job.kernels, job.loss_chunk),
         optimiser=optimiser,
         rates=[g["lr"] for g in groups],
         schedule=lambda step: rate(step, total, options),

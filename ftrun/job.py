@@ -76,6 +76,7 @@ class Job:
     checkpointing: int | str = option(
         "auto", "recompute layers in backward: none, all, auto, or a number", ge=0, pattern="none|all|auto"
     )
+    loss_chunk: int = option(512, "tokens whose logits are held at once by the fast loss", ge=1)
     kernels: str = option("fast", "fast, or reference: the same maths, the plain way", choices=("fast", "reference"))
     devices: int = option(1, "devices that share the work", ge=1)
     strategy: str = option("auto", "how several devices share", choices=("auto", "ddp", "fsdp"))

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ftrun import assemble
 from ftrun.job import Job
 from ftrun.memory import stack
+from ftrun.memory.cost import Cost
 from ftrun.memory.track import BACKWARD, FORWARD, Instant, Moment, Segment, Tracker
 from ftrun.methods.base import Wrapper
 from ftrun.methods.files import file_size
@@ -45,6 +46,11 @@ class Lived:
         """The segment with the highest moment, the first of equals."""
         return max(self.segments, key=lambda segment: segment.peak.total)
 
+    @property
+    def cost(self) -> Cost:
+        """The work of the whole step, where it was counted."""
+        return functools.reduce(Cost.plus, (segment.cost for segment in self.segments), Cost())
+
 
 @dataclasses.dataclass(frozen=True)
 class _Few:
@@ -59,10 +65,13 @@ class Twin:
     """A sketch once more on fake tensors, its method attached. Nothing of the model's size is allocated.
 
     device_type: "cpu" or "cuda", what the job is planned for. whole: run every layer, for those who doubt.
+    counts: also count the work of a step.
     """
 
-    def __init__(self, job: Job, parts: assemble.Sketch, device_type: str, whole: bool = False) -> None:
-        self.job, self.device_type, self.whole = job, device_type, whole
+    def __init__(
+        self, job: Job, parts: assemble.Sketch, device_type: str, whole: bool = False, counts: bool = False
+    ) -> None:
+        self.job, self.device_type, self.whole, self.counts = job, device_type, whole, counts
         model = copy.deepcopy(parts.model)
         prepare(model, parts.quantiser, parts.base)
         self.parts = dataclasses.replace(parts, model=model, tuner=type(parts.tuner)(parts.tuner.options))
@@ -74,7 +83,7 @@ class Twin:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._made: dict[int, Any] = {}
         self._known: dict[Any, _Few] = {}
-        self._ends: tuple[Sequence[stack.Run], dict[str, Moment]] | None = None
+        self._ends: dict[str, Moment] = {}  # what clipping and the optimiser's step add at their peaks
 
     @property
     def depth(self) -> int:
@@ -97,9 +106,25 @@ class Twin:
         numbered = [dataclasses.replace(s, instant=s.instant.renumbered(layers)) for s in few.lived.segments]
         segments = stack.extend(runs, numbered, held)
         if held:
-            self._extend_end(segments, runs)
+            self._extend_end(segments, layers)
         paged = sum(run.left_out * sum(few.paged[n] for n in places) for run, places in middle.items())
         return Lived(segments, stack.grown(few.lived.steady, held), few.lived.paged + paged)
+
+    def alone(self, layers: Sequence[int], micro_batches: Sequence[Batch], recomputed: int) -> Cost:
+        """The work of a step with these layers alone, the first `recomputed` of them computed again."""
+        kinds = tuple((self.signatures[i], n < recomputed) for n, i in enumerate(layers))
+        return self._run(kinds, layers, micro_batches).lived.cost
+
+    @contextmanager
+    def real(self, layers: Sequence[int], recomputed: int, device: torch.device) -> Iterator[Work]:
+        """The same model with these layers alone, on real tensors of random values: to measure how fast a step is.
+
+        A twin that is real once does not plan any more.
+        """
+        with _only(self.parts, self.layers, layers):
+            assemble.recompute_first(self.parts, recomputed)
+            _to_real(self.parts.model, device)
+            yield assemble.work(self.job, self.parts, device, total=2)
 
     def _run(self, kinds: tuple[Any, ...], layers: Sequence[int], micro_batches: Sequence[Batch]) -> _Few:
         """The step with these layers alone. What equals an earlier one but for its layers' numbers is not run again."""
@@ -117,8 +142,8 @@ class Twin:
         """The model as it stands on fake tensors, followed, between two steps."""
         with self.mode:
             _to_fake(self.parts.model, self._made)
-            tracker = Tracker(CUDA_BLOCK if self.device_type == "cuda" else 1)
-            loss = _Watched(self.parts.model, self.job.kernels, tracker)
+            tracker = Tracker(CUDA_BLOCK if self.device_type == "cuda" else 1, self.counts)
+            loss = _Watched(self.parts.model, self.job, tracker)
             work = assemble.work(self.job, self.parts, torch.device("cpu"), total=2, loss=loss, kind=self.device_type)
             with tracker:
                 _mark(tracker, self.parts)
@@ -140,22 +165,24 @@ class Twin:
         held, paged = _each_holds(tracker, work, assemble.decoder(self.parts))
         return _Few(Lived(tracker.segments, tracker.now.copy(), paged_bytes(work.optimiser)), held, paged)
 
-    def _extend_end(self, segments: list[Segment], runs: Sequence[stack.Run]) -> None:
-        """The peaks of clipping and of the optimiser's step: what they take for a while depends on all the weights.
-
-        Clipping makes one list of all norms, whose rounding no layer's share tells: all gradients are clipped. What
-        the optimiser takes grows evenly with each run's layers.
-        """
-        if self._ends is None or self._ends[0] != runs:
-            few = next(s.peak.less(s.start) for s in segments if s.instant.name == OPTIMISER)
-            update = few
-            for run in (run for run in runs if run.left_out):
-                layers = [layer for r in runs for layer in r.layers(more=int(r is run))]
-                update = update.plus(self._update_alone(layers).less(few), run.left_out)
-            self._ends = runs, {CLIPPING: self._clipping(), OPTIMISER: update}
+    def _extend_end(self, segments: list[Segment], kept: Sequence[int]) -> None:
+        """The peaks of clipping and of the optimiser's step, and their work: they hang on all that trains."""
+        if not self._ends:
+            self._ends = {CLIPPING: self._clipping(), OPTIMISER: self._updating()}
+        there = self.trained - sum(_trained(layer) for n, layer in enumerate(self.layers) if n not in kept)
         for segment in segments:
-            if segment.instant.name in self._ends[1]:
-                segment.peak = segment.start.plus(self._ends[1][segment.instant.name])
+            if segment.instant.name in self._ends:
+                segment.cost = Cost().plus(segment.cost, self.trained / there)
+                segment.peak = segment.start.plus(self._ends[segment.instant.name])
+
+    def _updating(self) -> Moment:
+        """What the optimiser's step adds at its peak: it grows evenly with each run's layers."""
+        runs = stack.runs(self.signatures)
+        few = found = self._update_alone([layer for run in runs for layer in run.layers()])
+        for run in (run for run in runs if run.left_out):
+            layers = [layer for r in runs for layer in r.layers(more=int(r is run))]
+            found = found.plus(self._update_alone(layers).less(few), run.left_out)
+        return found
 
     def _update_alone(self, layers: Sequence[int]) -> Moment:
         """What the optimiser's step adds at its peak, with these layers alone."""
@@ -169,7 +196,7 @@ class Twin:
             return tracker.segments[-1].peak.less(tracker.segments[-1].start)
 
     def _clipping(self) -> Moment:
-        """What clipping the gradients of all layers adds at its peak."""
+        """What clipping adds at its peak: it lists all norms in one block, whose rounding no layer's share tells."""
         with self.mode:
             found = [p for group in self.parts.tuner.groups(self.parts.model).values() for p in group]
             trained = [nn.Parameter(torch.empty(p.shape, dtype=p.dtype)) for p in found]
@@ -199,6 +226,10 @@ def _each_holds(tracker: Tracker, work: Work, layers: Sequence[nn.Module]) -> tu
     return held, [paged_bytes(work.optimiser, layer.parameters()) for layer in layers]
 
 
+def _trained(layer: nn.Module) -> int:
+    return sum(p.numel() for p in layer.parameters() if p.requires_grad)
+
+
 def _residents(layer: nn.Module, work: Work) -> Iterator[torch.Tensor]:
     yield from layer.buffers()
     for parameter in layer.parameters():
@@ -217,8 +248,8 @@ def _sum(moments: Iterable[Moment]) -> Moment:
 class _Watched(TokenLoss):
     """Names the loss's part of a step, and books what it makes as logits."""
 
-    def __init__(self, model: Any, kernels: str, tracker: Tracker) -> None:
-        super().__init__(model, kernels)
+    def __init__(self, model: Any, job: Job, tracker: Tracker) -> None:
+        super().__init__(model, job.kernels, job.loss_chunk)
         self.tracker, self.part = tracker, -1
 
     def __call__(self, batch: Batch) -> torch.Tensor:
@@ -349,6 +380,25 @@ def _to_fake(model: nn.Module, made: dict[int, Any]) -> None:
         for name, buffer in list(module._buffers.items()):
             if buffer is not None and buffer.is_meta:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def _to_real(model: nn.Module, device: torch.device) -> None:
+    """Meta tensors become small random numbers on `device`; a tied weight stays one."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, old in list(module._parameters.items()):
+            if old is not None:
+                if id(old) not in made:
+                    made[id(old)] = nn.Parameter(_random(old, device), old.requires_grad)
+                module._parameters[name] = made[id(old)]
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                module._buffers[name] = _random(buffer, device)
+
+
+def _random(like: torch.Tensor, device: torch.device) -> torch.Tensor:
+    made = torch.empty(like.shape, dtype=like.dtype, device=device)
+    return made.uniform_(-0.02, 0.02) if made.is_floating_point() else made.random_(0, 127)
 
 
 def _mark(tracker: Tracker, parts: assemble.Sketch) -> None:

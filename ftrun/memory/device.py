@@ -16,6 +16,10 @@ class Options:
     name: str | None = option(None, "what it is called in messages; null = as the machine calls it")
     memory: int | str | None = option(None, "bytes, or as 24GB (1e9 each) or 24GiB (2^30 each); null = as found")
     bf16: bool | None = option(None, "whether it computes in bfloat16; null = as found")
+    tflops: float | None = option(
+        None, "1e12 operations a second in 16-bit products, by its maker; null = unknown", gt=0
+    )
+    bandwidth: float | None = option(None, "1e9 bytes of its memory a second, by its maker; null = unknown", gt=0)
 
     def __post_init__(self) -> None:
         if self.memory is not None:

@@ -131,4 +131,4 @@ def _between(
 
 
 def _raised(segment: Segment, instant: Instant, extra: Moment) -> Segment:
-    return Segment(instant, segment.start.plus(extra), segment.peak.plus(extra))
+    return Segment(instant, segment.start.plus(extra), segment.peak.plus(extra), cost=segment.cost)

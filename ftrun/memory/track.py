@@ -16,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ftrun.memory.cost import Cost, cost_of
+
 FORWARD, BACKWARD = "forward", "backward"  # of a decoder layer
 ROUNDING = "rounding"  # what an allocator adds to fill its blocks
 ROLES = (
@@ -79,18 +81,19 @@ class Segment:
     start: Moment
     peak: Moment
     tick: int = 0  # how old the newest storage was at the peak
+    cost: Cost = field(default_factory=Cost)  # its work, where the tracker counts it
 
 
 class Tracker(TorchDispatchMode):
     """While active, knows the live bytes by role, and in each segment the moment at which they were most.
 
     rounding: every block is a multiple of so many bytes (512 for CUDA's caching allocator, 1 for none); what that adds
-    is booked as ROUNDING.
+    is booked as ROUNDING. counts: also count each segment's work.
     """
 
-    def __init__(self, rounding: int = 1) -> None:
+    def __init__(self, rounding: int = 1, counts: bool = False) -> None:
         super().__init__()
-        self.rounding = rounding
+        self.rounding, self.counts = rounding, counts
         self.live: dict[int, tuple[str, int, int]] = {}  # storage -> role, bytes, when it was first seen
         self.now = Moment()
         self.segments: list[Segment] = []
@@ -119,6 +122,8 @@ class Tracker(TorchDispatchMode):
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
                 self._follow(leaf, self.default_role)
+        if self.counts and self.segments:
+            self.segments[-1].cost = self.segments[-1].cost.plus(cost_of(func, args, out))
         return out
 
     def held(self, tensors: Iterable[torch.Tensor]) -> Moment:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ftrun.kernels.attention import packed_attention
-from ftrun.kernels.loss import Shape, chunked_loss, full_loss
+from ftrun.kernels.loss import CHUNK, Shape, chunked_loss, full_loss
 from ftrun.values import Batch
 
 PACKED = "ftrun_packed"  # the name under which transformers finds our attention
@@ -62,8 +62,8 @@ def _attend(
 class TokenLoss:
     """Batch -> the sum of its supervised tokens' losses in nats, a float32 scalar that gradients flow through."""
 
-    def __init__(self, model: Any, kernels: str) -> None:
-        self.model = model
+    def __init__(self, model: Any, kernels: str, chunk: int = CHUNK) -> None:
+        self.model, self.chunk = model, chunk
         self.fast = kernels == "fast"
         self.shape = logit_shape(model.config)
 
@@ -78,7 +78,7 @@ class TokenLoss:
         assert batch.learnt is not None
         hidden = outputs.flatten(0, 1)[batch.learnt]
         head = self.model.get_output_embeddings()
-        return chunked_loss(hidden, batch.targets.flatten()[batch.learnt], head, _frozen(head), self.shape)
+        return chunked_loss(hidden, batch.targets.flatten()[batch.learnt], head, _frozen(head), self.shape, self.chunk)
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """(rows, width, D): what the head reads."""
