@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from ftrun.models.packing import check_packing, refusal
 
 # what transformers' configs call their dropouts; routers' jitter is noise of the same kind
 _NOISE = ("dropout", "pdrop", "layerdrop", "jitter_noise")
+# a table of positions, learnt or computed once: it ends, where rotary angles go on
+_POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions?|positions?_embed(dings?)?|pos_emb(ed)?s?)(\.weight)?$")
 # what transformers' code raises on facts it cannot do with: a family's constructor checks few of them itself
 _WRONG = (
     ValueError,
@@ -61,7 +64,30 @@ def skeleton(base: Base, attention: str = "sdpa") -> nn.Module:
         )
     if attention == PACKED:
         check_packing(model)
+    # read where rows and answers are made: beyond it there is no embedding to look up
+    model.table_of_positions = _table(model)
     return model.eval()
+
+
+def check_length(model: Any, seq_len: int, say: Callable[[str], None]) -> None:
+    """Raises UserError where rows of seq_len outrun the model's table of positions; says so where they merely outrun
+    what it was trained for.
+    """
+    trained = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if model.table_of_positions is not None and seq_len > model.table_of_positions:
+        most = model.table_of_positions
+        raise UserError(
+            f"seq_len={seq_len}: the model has {most} positions, virtual tokens counted. Say seq_len={most}"
+        )
+    if isinstance(trained, int) and seq_len > trained:
+        say(f"warning: seq_len={seq_len}: the model was made for {trained} positions; longer rows may train poorly")
+
+
+def _table(model: Any) -> int | None:
+    """How many positions the model has a table for; None where it counts on without one."""
+    size = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    names = (name for name, _ in (*model.named_parameters(), *model.named_buffers()))
+    return size if isinstance(size, int) and any(_POSITIONS.search(name) for name in names) else None
 
 
 def _where(base: Base) -> str:
