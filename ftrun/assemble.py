@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ftrun.beside import sweep
 from ftrun.data import batches as batching
 from ftrun.data.load import Corpus, load
 from ftrun.data.prefetch import prefetch
@@ -55,6 +56,7 @@ def sketch(job: Job, cache: Path, say: Say, whole: bool = False) -> Sketch:
 
     Raises UserError where targets or layers match nothing, seq_len is beyond the model, or the base cannot be had.
     """
+    sweep(cache)
     register_attention()
     base = open_base(job.model.typed(), job.model.choice, cache, say)
     if whole:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 import time
 from types import ModuleType
@@ -242,6 +243,16 @@ def test_a_damaged_cache_is_made_anew(harm, corpus, tokenizer, tmp_path, said):
     assert [after.train.ids(i).tolist() for i in range(5)] == expected
     assert "is damaged; it is made anew" in said[0]
     assert len(folders(tmp_path)) == 1
+
+
+def test_a_cache_that_takes_nothing_costs_a_warning(corpus, tokenizer, tmp_path, said):
+    expected = corpus(asked(5), tokenizer).train
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "data").write_text("a file")
+    made = corpus(asked(5), tokenizer).train
+    assert [made.ids(i).tolist() for i in range(5)] == [expected.ids(i).tolist() for i in range(5)]
+    assert [line for line in said if "not kept" in line] == said
 
 
 def test_a_failed_reading_leaves_nothing(corpus, tokenizer, tmp_path):

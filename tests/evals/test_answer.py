@@ -13,5 +13,5 @@ def test_an_answer_ends_with_the_table_of_positions() -> None:
     model = tiny_model("gpt2")
     model.table_of_positions = 256
     assert isinstance(answer(model, tiny_tokenizer(), list(range(5, 255)), 50), str)
-    with pytest.raises(UserError, match="eval.prompt: 256 tokens; the model has 256 positions"):
+    with pytest.raises(UserError, match=r"eval\.prompt: 256 tokens; the model has 256 positions"):
         answer(model, tiny_tokenizer(), [7] * 256, 50)

@@ -84,10 +84,34 @@ def test_hash_is_what_sha256sum_says(folder: Path, tmp_path: Path) -> None:
     assert base.hash() == hashlib.sha256(weights.read_bytes()).hexdigest()
     # the second time it comes from the cache, until the file changes
     (note,) = (tmp_path / "cache/hashes").iterdir()
-    note.write_text("from the cache")
-    assert base.hash() == "from the cache"
+    note.write_text("0" * 64)
+    assert opened(folder, tmp_path / "cache").hash() == "0" * 64
     os.utime(weights, (1, 1))
-    assert base.hash() == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert opened(folder, tmp_path / "cache").hash() == hashlib.sha256(weights.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("harm", [b"", b"66a272c9", b"{}", b"\xff\x9d" * 32, None])
+def test_a_damaged_note_of_a_hash_is_not_believed(harm: bytes | None, folder: Path, tmp_path: Path) -> None:
+    wanted = opened(folder, tmp_path / "cache").hash()
+    (note,) = (tmp_path / "cache/hashes").iterdir()
+    if harm is None:
+        note.unlink()
+        note.mkdir()
+    else:
+        note.write_bytes(harm)
+    assert opened(folder, tmp_path / "cache").hash() == wanted
+    assert note.is_dir() or note.read_text() == wanted
+    assert list(note.parent.iterdir()) == [note]
+
+
+def test_a_file_in_the_place_of_the_notes_costs_a_warning(folder: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/hashes").write_text("x")
+    base = open_base(Options(path=str(folder)), "m", tmp_path / "cache", said.append)
+    assert base.hash() == base.hash() == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert len(said) == 1
+    assert "not kept" in said[0]
 
 
 def test_shards(tmp_path: Path) -> None:
