@@ -17,7 +17,7 @@ import numpy as np
 from ftrun.beside import beside
 from ftrun.data.encode import Row, Tally
 
-VERSION = 1  # of the encoding: a change of what is cached must change it
+VERSION = 2  # of the encoding: a change of what is cached must change it
 _ARRAYS = {
     "ids": np.int32,
     "learn": np.uint8,

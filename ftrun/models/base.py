@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import hashlib
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -234,7 +235,9 @@ class Base:
 def _source(options: Options) -> str:
     if options.path is None:
         return options.source
-    if Path(options.path).expanduser().is_dir():
+    if not options.path:
+        raise UserError("model.path is empty: name a folder, or a hub id ORG/NAME")
+    if os.path.isdir(Path(options.path).expanduser()):
         return "folder"
     if options.source == "folder" or not hub.is_id(options.path):
         raise UserError(f"model.path={options.path}: no such folder{_neighbour(Path(options.path).expanduser())}")
@@ -242,9 +245,9 @@ def _source(options: Options) -> str:
 
 
 def _neighbour(path: Path) -> str:
-    if path.is_file():
+    if os.path.isfile(path):
         return "; it is a file. Give the folder that holds config.json and the weights"
-    beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+    beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if os.path.isdir(path.parent) else []
     close = nearest(path.name, beside)
     return f". Did you mean {path.parent / close}?" if close else ""
 
