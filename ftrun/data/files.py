@@ -33,7 +33,7 @@ def expand(path: str, suffixes: tuple[str, ...], key: str = "data.path") -> list
 def missing(path: str, key: str = "data.path", suffixes: tuple[str, ...] = ()) -> UserError:
     """The error for a path that does not exist, with the nearest name that does: a folder's, or a like file's."""
     full = Path(os.path.expanduser(path))
-    if full.is_symlink():
+    if os.path.islink(full):
         return UserError(f"{key}={path}: a link that leads to no file or folder ({os.readlink(full)})")
     if os.path.exists(full):
         return UserError(

@@ -235,8 +235,6 @@ class Base:
 def _source(options: Options) -> str:
     if options.path is None:
         return options.source
-    if not options.path:
-        raise UserError("model.path is empty: name a folder, or a hub id ORG/NAME")
     if os.path.isdir(Path(options.path).expanduser()):
         return "folder"
     if options.source == "folder" or not hub.is_id(options.path):
