@@ -238,7 +238,7 @@ class Renderer:
                 messages, tools=tools, tokenize=False, add_generation_prompt=opening
             )
         except (jinja2.TemplateError, *_REFUSALS) as error:
-            why = str(error) or type(error).__name__
+            why = str(error).rstrip(".") or type(error).__name__
             raise RowError(f"the chat template refuses the conversation: {why}") from error
 
     def _unended(self, chat: Chat) -> Chat:

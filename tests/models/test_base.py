@@ -249,7 +249,7 @@ def test_paths_refused(folder: Path, tmp_path: Path) -> None:
     assert f"Did you mean {folder}?" in refused(folder.with_name("mime"), tmp_path)
     assert "it is a file" in refused(folder / "config.json", tmp_path)
     assert "no such folder" in refused(folder / ("x" * 300), tmp_path)
-    with pytest.raises(UserError, match="model.path= is empty"):
+    with pytest.raises(UserError, match=r"model\.path= is empty"):
         Options(path="")
     assert "no such folder" in refused(Path("some/where"), tmp_path, source="folder")
 
