@@ -13,7 +13,7 @@ from ftrun.errors import Interrupted, RunFailed, UserError, unknown
 
 # verb -> its task: a module with `run(job, **options) -> exit code`; its docstring is the verb's help, and a class
 # `Options`, where it has one, says what the verb takes besides the job's keys
-VERBS = {"train": "ftrun.tasks.train", "data": "ftrun.tasks.data"}
+VERBS = {"train": "ftrun.tasks.train", "plan": "ftrun.tasks.plan", "data": "ftrun.tasks.data"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,7 +14,7 @@ from ftrun.job import GROUPS, ROOMS, Job, make_job
 from ftrun.replay import JobFile, read_job_file
 from ftrun.shell import Override, escape, parse
 
-__all__ = ["Composed", "choices_of", "compose", "composed", "conf_dir", "sweep"]
+__all__ = ["Composed", "changed", "choices_of", "compose", "composed", "conf_dir", "sweep"]
 
 # one of two says how long a run is: whoever names the one lets go of the other that a file or a recipe has set
 _EXCLUSIVE = {"steps": "epochs", "epochs": "steps"}
@@ -39,14 +39,24 @@ def compose(arguments: Sequence[str], config_dirs: Sequence[Path] = ()) -> Job:
     return composed(arguments, config_dirs).job()
 
 
+def changed(job: Job, arguments: Sequence[str], config_dirs: Sequence[Path] = ()) -> Job:
+    """The job with some overrides on top, as job=FILE would have it. Raises UserError where they do not suit it."""
+    file = JobFile(Path("job.yaml"), job.choices, {k: v for k, v in job.tree.items() if k != "choices"})
+    return _composed(arguments, config_dirs, file).job()
+
+
 def composed(arguments: Sequence[str], config_dirs: Sequence[Path] = ()) -> Composed:
     """The configuration of a command line: groups, then job=FILE, then the values, all keys known."""
+    return _composed(arguments, config_dirs, None)
+
+
+def _composed(arguments: Sequence[str], config_dirs: Sequence[Path], file: JobFile | None) -> Composed:
     from omegaconf import OmegaConf
 
     overrides = parse(arguments, multirun=False)
     chosen = {o.key: _choice(o) for o in overrides if o.key in GROUPS}
     values = [o for o in overrides if o.key not in (*GROUPS, "job")]
-    file = _file(overrides, chosen)
+    file = file or _file(overrides, chosen)
     tree, choices = compose_groups({**(file.kept(chosen, config_dirs) if file else {}), **chosen}, config_dirs)
     _check_recipe(choices, config_dirs)
     raw = OmegaConf.to_container(tree, resolve=False)

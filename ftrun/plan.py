@@ -6,12 +6,16 @@ The plan is the run: the figures come of the job's own assembly and training ste
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ftrun.memory.device import Device
+from ftrun import assemble
+from ftrun.memory.device import CONTEXT, Device
 from ftrun.memory.track import Moment
+from ftrun.methods.base import FILE_PREFIX
+from ftrun.models.select import spans
 from ftrun.twin import Lived, Twin
 from ftrun.values import Batch
 
@@ -33,6 +37,7 @@ class Plan:
     checkpointing: int  # decoder layers that are computed again
     lengths: tuple[int, ...]  # the rows of the micro-batch it was made for
     lengths_from: str  # "data", or "seq_len" where no data or tokenizer is at hand
+    on_top: dict[str, int]  # what no tensor holds: words -> bytes; not in peak_bytes
     device: dict[str, Any]
     fits: bool
 
@@ -71,8 +76,9 @@ def plan(
         checkpointing=recomputed,
         lengths=largest.lengths,
         lengths_from=lengths_from,
-        device={"name": device.name, "type": device.type, "total_bytes": device.total_bytes},
-        fits=peak.peak.total - lived.paged <= device.free_bytes,
+        on_top={"CUDA's context": CONTEXT} if device.type == "cuda" else {},
+        device={**dataclasses.asdict(device), "usable_bytes": device.usable_bytes},
+        fits=peak.peak.total - lived.paged <= device.usable_bytes,
     )
 
 
@@ -82,3 +88,41 @@ def _timeline(lived: Lived, parts: int) -> list[dict[str, Any]]:
 
 def _present(moment: Moment) -> dict[str, int]:
     return {role: size for role, size in moment.by_role.items() if size}
+
+
+def trained_modules(twin: Twin) -> list[dict[str, Any]]:
+    """What trains, equal layers as one: layers ("0-29"), module, tensors (name -> shape), rank, how many weights."""
+    tuner, model = twin.parts.tuner, twin.parts.model
+    found: dict[Any, dict[str, Any]] = {}
+    for wrapper, tensors in _by_module(tuner.named(model)):
+        layer, place = split_layer(wrapper, assemble.stack_name(twin.parts))
+        shapes = {name: list(t.parameter.shape) for name, t in tensors.items()}
+        ranks = [t.parameter.shape[0] for t in tensors.values() if t.group == "A"]
+        key = (place, tuple((n, tuple(s)) for n, s in shapes.items()))
+        row = found.setdefault(key, {"at": [], "module": place, "tensors": shapes, "rank": max(ranks, default=None)})
+        row["at"].append(layer)
+    return [_row(row) for row in found.values()]
+
+
+def _row(row: dict[str, Any]) -> dict[str, Any]:
+    at, each = row.pop("at"), sum(math.prod(shape) for shape in row["tensors"].values())
+    layers = [layer for layer in at if layer is not None]
+    return {"layers": spans(layers) if layers else "-", **row, "count": len(at), "parameters": each * len(at)}
+
+
+def _by_module(named: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(module, its trained tensors by their last names), in the order of the model."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, trained in named.items():
+        parts = name.removeprefix(FILE_PREFIX).split(".")
+        # PEFT's names end in the matrix and "weight": a matrix belongs to the module before it
+        size = 2 if len(parts) > 2 and parts[-2].startswith(("lora_", "adapter_")) else 1
+        found.setdefault(".".join(parts[:-size]), {})[".".join(parts[-size:])] = trained
+    yield from found.items()
+
+
+def split_layer(module: str, stack: str) -> tuple[int | None, str]:
+    """(the decoder layer that a module lies in, its name there); None and the dotted name outside the layers."""
+    rest = module.removeprefix(f"{stack}.")
+    number, _, place = rest.partition(".")
+    return (int(number), place) if rest != module and number.isdigit() else (None, module)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from ftrun import assemble
-from ftrun.assemble import Sketch
 from ftrun.data.load import Corpus
-from ftrun.errors import DoesNotFit
 from ftrun.job import Job
 from ftrun.memory.device import Device
 from ftrun.plan import Plan, plan
@@ -16,8 +15,10 @@ from ftrun.twin import Twin
 from ftrun.values import Batch
 
 ENOUGH = 2048  # tokens at once beyond which more of them no longer make a device faster
-SHARE = 0.9  # of the free memory: the rest is for what no plan sees (fragments, other processes)
 _LOOKED_AT = 2000  # steps in which the largest micro-batch is looked for
+
+# rows at once -> the step that needs the most, and its micro-batches
+Worst = Callable[[int], tuple[int, list[Batch]]]
 
 
 @dataclass(frozen=True)
@@ -30,32 +31,25 @@ class Settled:
     largest_step: int
 
 
-def settle(job: Job, parts: Sketch, corpus: Corpus, device: Device, pad_id: int, total: int) -> Settled:
-    """Plan the job; where `micro_batch` or `checkpointing` is auto, choose.
+def settle(job: Job, twin: Twin, worst: Worst, device: Device, source: str = "data") -> Settled:
+    """Plan the job; where `micro_batch` or `checkpointing` is auto, choose. `plan.fits` says whether anything fits.
 
     The largest micro-batch that fits without recomputation is taken where it is large enough to keep the device busy;
-    else the largest that fits with all layers recomputed, and then as few recomputed layers as fit.
-    Raises DoesNotFit (exit code 3), with the component that weighs most, where nothing fits and refuse=true.
+    else the largest that fits with all layers recomputed, and then as few recomputed layers as fit. Where nothing
+    fits, the settings that need least.
     """
-    depth, twin = parts.anatomy.depth, Twin(job, parts, device.type)
     tries: dict[tuple[int, int], Settled] = {}
 
     def attempt(rows: int, layers: int) -> Settled:
         if (rows, layers) not in tries:
-            step, batches = _largest(job, corpus, rows, pad_id, total)
-            tries[rows, layers] = Settled(rows, layers, plan(twin, device, batches, layers), step)
+            step, batches = worst(rows)
+            tries[rows, layers] = Settled(rows, layers, plan(twin, device, batches, layers, source), step)
         return tries[rows, layers]
 
-    def fits(one: Settled) -> bool:
-        return one.plan.needed_bytes <= SHARE * device.free_bytes
-
-    chosen = _choose(_row_counts(job), _layer_counts(job, depth), attempt, fits)
-    if not fits(chosen) and job.refuse:
-        raise DoesNotFit(_refusal(chosen, device))
-    return chosen
+    return _choose(row_counts(job), _layer_counts(job, twin.depth), attempt)
 
 
-def _row_counts(job: Job) -> list[int]:
+def row_counts(job: Job) -> list[int]:
     """The micro-batches to choose from, largest first."""
     if isinstance(job.micro_batch, int):
         return [job.micro_batch]
@@ -69,62 +63,101 @@ def _layer_counts(job: Job, depth: int) -> list[int]:
     return fixed[job.checkpointing] if isinstance(job.checkpointing, str) else [min(job.checkpointing, depth)]
 
 
-def _choose(
-    row_counts: list[int],
-    layer_counts: list[int],
-    attempt: Callable[[int, int], Settled],
-    fits: Callable[[Settled], bool],
-) -> Settled:
+def _choose(row_counts: list[int], layer_counts: list[int], attempt: Callable[[int, int], Settled]) -> Settled:
     fewest, most = layer_counts[0], layer_counts[-1]
     busy = None
     for rows in row_counts:
         one = attempt(rows, fewest)
-        if fits(one):
+        if one.plan.fits:
             busy = one
             break
     if busy and (fewest == most or busy.micro_batch == row_counts[0] or sum(busy.plan.lengths) >= ENOUGH):
         return busy
     for rows in row_counts:
-        if fits(attempt(rows, most)):
-            return _fewest(rows, fewest, most, attempt, fits)
+        if attempt(rows, most).plan.fits:
+            return _fewest(rows, fewest, most, attempt)
     return attempt(row_counts[-1], most)
 
 
-def _fewest(
-    rows: int, low: int, high: int, attempt: Callable[[int, int], Settled], fits: Callable[[Settled], bool]
-) -> Settled:
+def _fewest(rows: int, low: int, high: int, attempt: Callable[[int, int], Settled]) -> Settled:
     """By halving: the fewest recomputed layers that fit; `high` does, `low` may not."""
     while low < high:
         middle = (low + high) // 2
-        if fits(attempt(rows, middle)):
+        if attempt(rows, middle).plan.fits:
             high = middle
         else:
             low = middle + 1
     return attempt(rows, high)
 
 
-def _largest(job: Job, corpus: Corpus, rows: int, pad_id: int, total: int) -> tuple[int, list[Batch]]:
-    """The step whose micro-batch holds the most tokens (not the first, where the state is not there yet), and two of
-    its micro-batches, the largest twice where the step has several."""
-    lengths = corpus.train.lengths
-    packed = job.kernels == "fast"
-    best, best_step, best_rows, several = -1, 0, [0], False
-    for step in range(min(1, total - 1), min(total, _LOOKED_AT)):
-        parts = assemble.micro_rows(job, corpus, rows, step)
-        for part in parts:
-            size = int(lengths[part].sum() if packed else lengths[part].max() * len(part))
+def supply_at_hand(
+    job: Job, parts: assemble.Sketch, cache: Path, say: Callable[[str], None]
+) -> tuple[Callable[[Job], Worst], str]:
+    """(the worst steps, "data"); or rows of `seq_len` tokens and "seq_len" where no tokenizer or no data is at hand."""
+    if not parts.base.tokenizer_at_hand:
+        say(f"{parts.base.name}: its tokenizer is not at hand; planned for rows of seq_len={job.seq_len} tokens")
+        return rows_of_seq_len, "seq_len"
+    if getattr(job.data.load(), "REMOTE", False):
+        say(f"data={job.data.choice}: not fetched for a plan; planned for rows of seq_len={job.seq_len} tokens")
+        return rows_of_seq_len, "seq_len"
+    corpus = assemble.rows(job, parts, cache, say)
+    tokenizer = parts.base.tokenizer()
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    return supply_of(corpus, pad_id, assemble.steps_of(job, corpus)), "data"
+
+
+def supply_of(corpus: Corpus, pad_id: int, total: int) -> Callable[[Job], Worst]:
+    """The worst step of the data for this job and for others like it: with other kernels, or shorter rows."""
+
+    def supply(job: Job) -> Worst:
+        worst = worst_of(job, corpus, pad_id, total)
+
+        def shortened(rows: int) -> tuple[int, list[Batch]]:
+            step, batches = worst(rows)
+            return step, [assemble.batching.cut(batch, job.seq_len) for batch in batches]
+
+        return shortened if job.seq_len < int(corpus.train.lengths.max()) else worst
+
+    return supply
+
+
+def worst_of(job: Job, corpus: Corpus, pad_id: int, total: int) -> Worst:
+    """The worst step of the job's own data: the one whose micro-batch holds the most tokens.
+
+    Not the first, where the optimiser's state is not there yet. Of a step's micro-batches the first two are planned:
+    they are the longest, and from the second on the gradients are there.
+    """
+    lengths, packed = corpus.train.lengths, job.kernels == "fast"
+
+    def worst(rows: int) -> tuple[int, list[Batch]]:
+        best, best_step, best_parts = -1, 0, [[0]]
+        for step in range(min(1, total - 1), min(total, _LOOKED_AT)):
+            parts = assemble.micro_rows(job, corpus, rows, step)
+            size = max(int(lengths[p].sum() if packed else lengths[p].max() * len(p)) for p in parts)
             if size > best:
-                best, best_step, best_rows, several = size, step, part, len(parts) > 1
-    batch = assemble.batching.collate(corpus.train, best_rows, packed=packed, pad_id=pad_id)
-    return best_step, [batch, batch] if several else [batch]
+                best, best_step, best_parts = size, step, parts
+        batches = [assemble.batching.collate(corpus.train, p, packed=packed, pad_id=pad_id) for p in best_parts[:2]]
+        return best_step, batches
+
+    return worst
 
 
-def _refusal(chosen: Settled, device: Device) -> str:
+def rows_of_seq_len(job: Job) -> Worst:
+    """The worst step where no data is at hand: every row has `seq_len` tokens, and all of them are learnt."""
+
+    def worst(rows: int) -> tuple[int, list[Batch]]:
+        batch = assemble.batching.filled(rows, job.seq_len, packed=job.kernels == "fast")
+        return 0, [batch] * min(2, max(1, job.batch // job.devices // rows))
+
+    return worst
+
+
+def refusal(chosen: Settled, device: Device) -> str:
+    """Why nothing fits: what is needed and by what, what there is, and what was planned with."""
     heaviest, size = max(chosen.plan.at_peak.items(), key=lambda item: item[1])
     return (
-        f"the job needs {chosen.plan.peak_bytes / 1e9:.2f} GB at its peak ({heaviest}: {size / 1e9:.2f} GB); "
-        f"{device.name} has {device.free_bytes / 1e9:.2f} GB free, of which {SHARE:.0%} may be planned for. "
-        f"Planned with micro_batch={chosen.micro_batch}, {chosen.recomputed} layers recomputed. "
-        "Less memory: a smaller seq_len, quant=nf4, checkpointing=all, micro_batch=1, optim=adamw_8bit; "
-        "refuse=false starts it all the same"
+        f"the job needs {chosen.plan.needed_bytes / 1e9:.2f} GB at its peak, the {chosen.plan.peak_instant} "
+        f"({heaviest}: {size / 1e9:.2f} GB); {device.name} has {device.free_bytes / 1e9:.2f} GB free, of which "
+        f"{device.usable_bytes / 1e9:.2f} GB can be planned for. "
+        f"Planned with micro_batch={chosen.micro_batch}, {chosen.recomputed} layers recomputed"
     )

@@ -18,6 +18,7 @@ from ftrun import assemble
 from ftrun.job import Job
 from ftrun.memory import stack
 from ftrun.memory.track import BACKWARD, FORWARD, Instant, Moment, Segment, Tracker
+from ftrun.methods.base import Wrapper
 from ftrun.methods.files import file_size
 from ftrun.models.forward import TokenLoss
 from ftrun.models.load import prepare
@@ -75,6 +76,11 @@ class Twin:
         self._known: dict[Any, _Few] = {}
         self._ends: tuple[Sequence[stack.Run], dict[str, Moment]] | None = None
 
+    @property
+    def depth(self) -> int:
+        """Decoder layers in all."""
+        return len(self.layers)
+
     def step(self, micro_batches: Sequence[Batch], recomputed: int) -> Lived:
         """One optimiser step over `micro_batches` (real, on the CPU), the optimiser's state in place.
 
@@ -117,7 +123,8 @@ class Twin:
             with tracker:
                 _mark(tracker, self.parts)
                 _make_state(work)
-                tracker.mark(_optimiser_state(work.optimiser), "optimizer")
+                for tensor in _optimiser_state(work.optimiser):
+                    tracker.mark([tensor], "optimizer" if tensor.numel() > 1 else "other")  # counters of steps
                 tracker.forget()
                 yield tracker, work
 
@@ -140,25 +147,26 @@ class Twin:
         the optimiser takes grows evenly with each run's layers.
         """
         if self._ends is None or self._ends[0] != runs:
-            few = self._end_alone([layer for run in runs for layer in run.layers()])[OPTIMISER]
+            few = next(s.peak.less(s.start) for s in segments if s.instant.name == OPTIMISER)
             update = few
             for run in (run for run in runs if run.left_out):
                 layers = [layer for r in runs for layer in r.layers(more=int(r is run))]
-                update = update.plus(self._end_alone(layers)[OPTIMISER].less(few), run.left_out)
+                update = update.plus(self._update_alone(layers).less(few), run.left_out)
             self._ends = runs, {CLIPPING: self._clipping(), OPTIMISER: update}
         for segment in segments:
             if segment.instant.name in self._ends[1]:
                 segment.peak = segment.start.plus(self._ends[1][segment.instant.name])
 
-    def _end_alone(self, layers: Sequence[int]) -> dict[str, Moment]:
-        """What clipping and the optimiser's step add at their peaks, with these layers alone."""
+    def _update_alone(self, layers: Sequence[int]) -> Moment:
+        """What the optimiser's step adds at its peak, with these layers alone."""
         with _only(self.parts, self.layers, layers), self._at_work() as (tracker, work):
             for group in work.optimiser.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = torch.zeros_like(parameter)
                 tracker.mark([p.grad for p in group["params"]], "gradients")
-            _end(tracker, work)
-            return {s.instant.name: s.peak.less(s.start) for s in tracker.segments}
+            tracker.begin(Instant(OPTIMISER))
+            update(work)
+            return tracker.segments[-1].peak.less(tracker.segments[-1].start)
 
     def _clipping(self) -> Moment:
         """What clipping the gradients of all layers adds at its peak."""
@@ -344,13 +352,17 @@ def _to_fake(model: nn.Module, made: dict[int, Any]) -> None:
 
 
 def _mark(tracker: Tracker, parts: assemble.Sketch) -> None:
-    """Book the residents, and have each gradient booked as it is made."""
+    """Book what is there before a step: weights as they are stored, what trains, and what a module merely keeps."""
     trained = "adapters" if parts.tuner.switchable else "weights"
     for module in parts.model.modules():
-        plain = {"weights": [b for b in module._buffers.values() if b is not None]}
-        stored: dict[str, list[torch.Tensor]] = module.parts() if hasattr(module, "parts") else plain
-        for role, tensors in stored.items():
-            tracker.mark(tensors, role)
+        if hasattr(module, "parts"):
+            for role, tensors in module.parts().items():
+                tracker.mark(tensors, role)
+        else:
+            kept = "adapters" if isinstance(module, Wrapper) else "other"  # rotary frequencies are no weights
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    tracker.mark([buffer], kept if name in module._non_persistent_buffers_set else "weights")
     for parameter in parts.model.parameters():
         tracker.mark([parameter], trained if parameter.requires_grad else "weights")
 

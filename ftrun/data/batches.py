@@ -5,6 +5,7 @@ Everything follows from numbers: a step's rows are the same whoever asks, on wha
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -106,3 +107,30 @@ def collate(rows: Rows, indices: Sequence[int], packed: bool, pad_id: int) -> Ba
         supervised=int((targets != IGNORE).sum()),
         rows=tuple(int(i) for i in indices),
     )
+
+
+def filled(rows: int, length: int, packed: bool) -> Batch:
+    """A micro-batch of `rows` rows of `length` tokens, all of them learnt: the largest that a job can meet."""
+    shape = (1, rows * length) if packed else (rows, length)
+    return Batch(
+        input_ids=torch.zeros(shape, dtype=torch.int64),
+        position_ids=torch.arange(length).repeat(rows).view(shape),
+        targets=torch.zeros(shape, dtype=torch.int64),
+        lengths=(length,) * rows,
+        packed=packed,
+        tokens=rows * length,
+        supervised=rows * length,
+        rows=tuple(range(rows)),
+    )
+
+
+def cut(batch: Batch, length: int) -> Batch:
+    """The micro-batch with its rows cut to `length` tokens."""
+    if batch.packed:
+        keep = (batch.position_ids[0] < length).nonzero().squeeze(-1)
+    else:
+        keep = torch.arange(min(length, batch.input_ids.shape[1]))
+    lengths = tuple(min(n, length) for n in batch.lengths)
+    tensors = {name: getattr(batch, name)[:, keep] for name in ("input_ids", "position_ids", "targets")}
+    learnt = int((tensors["targets"] != IGNORE).sum())
+    return dataclasses.replace(batch, **tensors, lengths=lengths, tokens=sum(lengths), supervised=learnt, learnt=None)

@@ -22,6 +22,11 @@ class Options:
             parse_size(self.memory, "device.memory")
 
 
+# of the free memory, what can be planned for: the rest is for what no plan sees (fragments, other processes)
+SHARE = {"cpu": 0.9, "cuda": 0.97}
+CONTEXT = 500_000_000  # bytes that CUDA itself takes on a card, before the first tensor
+
+
 @dataclass(frozen=True)
 class Device:
     """type: "cpu" or "cuda". Bytes: all there is, and what is free now. present: whether this machine has it."""
@@ -33,19 +38,25 @@ class Device:
     bf16: bool
     present: bool
 
+    @property
+    def usable_bytes(self) -> int:
+        """What a job's tensors may take at their peak."""
+        context = CONTEXT if self.type == "cuda" and not self.present else 0
+        return int(SHARE[self.type] * max(0, self.free_bytes - context))
 
-def resolve(options: Options) -> Device:
+
+def resolve(options: Options, absent: bool = False) -> Device:
     """The device of the options, as this machine has it, or as the options describe it where it has not.
 
-    A size in the options is a ceiling on a device that is present. Raises UserError where a CUDA device is asked for
-    without a size, and there is none.
+    absent: a card to think of, whatever this machine has. A size in the options is a ceiling on a device that is
+    present. Raises UserError where a CUDA device is asked for without a size, and there is none.
     """
     asked = None if options.memory is None else parse_size(options.memory, "device.memory")
     if options.type == "cpu":
         return _cpu(options, asked)
     import torch
 
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not absent:
         return _cuda(options, asked)
     if options.type == "auto":
         return _cpu(options, asked)

@@ -12,11 +12,24 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 FORWARD, BACKWARD = "forward", "backward"  # of a decoder layer
-ROLES = ("weights", "quant_constants", "adapters", "gradients", "optimizer", "activations", "logits", "batch", "other")
+ROUNDING = "rounding"  # what an allocator adds to fill its blocks
+ROLES = (
+    "weights",
+    "quant_constants",
+    "adapters",
+    "gradients",
+    "optimizer",
+    "activations",
+    "logits",
+    "batch",
+    "other",
+    ROUNDING,
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +84,8 @@ class Segment:
 class Tracker(TorchDispatchMode):
     """While active, knows the live bytes by role, and in each segment the moment at which they were most.
 
-    rounding: every storage counts as a multiple of so many bytes (512 for CUDA's caching allocator, 1 for none).
+    rounding: every block is a multiple of so many bytes (512 for CUDA's caching allocator, 1 for none); what that adds
+    is booked as ROUNDING.
     """
 
     def __init__(self, rounding: int = 1) -> None:
@@ -99,6 +113,8 @@ class Tracker(TorchDispatchMode):
         self.segments.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # asked for at every turn: two thirds of all that comes by
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
@@ -110,8 +126,7 @@ class Tracker(TorchDispatchMode):
         found = Moment()
         for key in {tensor.untyped_storage()._cdata for tensor in tensors}:
             role, size, _ = self.live[key]
-            found.total += size
-            found.by_role[role] += size
+            _add(found, role, size, self._filled(size))
         return found
 
     @contextmanager
@@ -139,25 +154,29 @@ class Tracker(TorchDispatchMode):
                 moment.by_role[role] += size
 
     def _follow(self, tensor: torch.Tensor, role: str) -> int | None:
-        if tensor.device.type == "meta":
-            return None
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self.live:
             return key
-        size = -(-storage.nbytes() // self.rounding) * self.rounding
+        size = storage.nbytes()
         self.tick += 1
         self.live[key] = (role, size, self.tick)
         weakref.finalize(storage, self._drop, key)
-        self._add(role, size)
+        _add(self.now, role, size, self._filled(size))
         if self.segments and self.now.total > self.segments[-1].peak.total:
             self.segments[-1].peak, self.segments[-1].tick = self.now.copy(), self.tick
         return key
 
+    def _filled(self, size: int) -> int:
+        """What rounding adds to a block of `size` bytes."""
+        return -size % self.rounding
+
     def _drop(self, key: int) -> None:
         role, size, _ = self.live.pop(key)
-        self._add(role, -size)
+        _add(self.now, role, -size, -self._filled(size))
 
-    def _add(self, role: str, size: int) -> None:
-        self.now.total += size
-        self.now.by_role[role] += size
+
+def _add(moment: Moment, role: str, size: int, rounding: int) -> None:
+    moment.total += size + rounding
+    moment.by_role[role] += size
+    moment.by_role[ROUNDING] += rounding

@@ -91,6 +91,11 @@ class Base:
         """Whether `tokenizer()` answers without a network."""
         return self._tokenizer is not None or self.source == "package" or _has_tokenizer(self._small_files())
 
+    @property
+    def tokenizer_at_hand(self) -> bool:
+        """Whether `tokenizer()` answers at once: without a network, and without a conversion."""
+        return self._tokenizer is not None or _has_tokenizer(self._small_files())
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, with `new_tokens` added; the same object each time. Raises UserError where there is none."""
         if self._tokenizer is None:

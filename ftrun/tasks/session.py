@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from ftrun import assemble
-from ftrun.errors import UserError
+from ftrun.advice import Advisor, advise
+from ftrun.errors import DoesNotFit, UserError
 from ftrun.evals.answer import answer
 from ftrun.evals.held_out import evaluate
 from ftrun.job import Job
@@ -28,10 +29,11 @@ from ftrun.metrics.sink import Sink
 from ftrun.models.forward import attention
 from ftrun.optim import state as optimiser_state
 from ftrun.runs import Run, aside, read_json, write_json
-from ftrun.settle import settle
+from ftrun.settle import refusal, settle, supply_of
 from ftrun.train import checkpoint
 from ftrun.train.interrupt import stop_requests
 from ftrun.train.loop import Progress, train
+from ftrun.twin import Twin
 from ftrun.values import Batch, EvalRecord, StepRecord
 
 
@@ -59,7 +61,14 @@ class Session:
         tokenizer = self.parts.base.tokenizer()
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self.total = assemble.steps_of(job, self.corpus)
-        self.settled = settle(job, self.parts, self.corpus, self.device, self.pad_id, self.total)
+        supply = supply_of(self.corpus, self.pad_id, self.total)
+        twin = Twin(job, self.parts, self.device.type)
+        self.settled = settle(job, twin, supply(job), self.device)
+        if not self.settled.plan.fits and job.refuse:
+            advisor = Advisor(job, twin, self.settled, supply, self.device)
+            raise DoesNotFit(
+                f"{refusal(self.settled, self.device)}. {advise(advisor)}. refuse=false starts it as it is"
+            )
 
     def _device(self) -> Device:
         device = resolve(self.job.device.typed())

@@ -17,6 +17,9 @@ _CLIENTS = ("httpx", "httpx2", "httpcore", "requests", "aiohttp")  # what versio
 _READERS = ("parquet", "json", "csv", "text", "arrow")
 
 
+REMOTE = True  # its rows are fetched: a plan does without
+
+
 @dataclass(frozen=True)
 class Options(DataOptions):
     """A data set's id, "owner/name"."""
