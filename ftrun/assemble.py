@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ftrun.beside import sweep
 from ftrun.data import batches as batching
 from ftrun.data.load import Corpus, load
 from ftrun.data.prefetch import prefetch
@@ -30,7 +31,7 @@ from ftrun.models.base import Base, open_base
 from ftrun.models.forward import PACKED, TokenLoss, register_attention
 from ftrun.models.load import fill
 from ftrun.models.select import anatomy as find_anatomy
-from ftrun.models.skeleton import skeleton
+from ftrun.models.skeleton import check_length, skeleton
 from ftrun.optim.schedule import rate
 from ftrun.train.loop import Work
 from ftrun.train.recompute import keep_all, recompute
@@ -53,13 +54,15 @@ class Sketch:
 def sketch(job: Job, cache: Path, say: Say, whole: bool = False) -> Sketch:
     """The model's skeleton with its parts by role; whole: with the base's files at hand, whose config then rules.
 
-    Raises UserError where targets or layers match nothing, or the base cannot be had.
+    Raises UserError where targets or layers match nothing, seq_len is beyond the model, or the base cannot be had.
     """
+    sweep(cache)
     register_attention()
     base = open_base(job.model.typed(), job.model.choice, cache, say)
     if whole:
         base.fetch()
     model = skeleton(base, attention=PACKED if job.kernels == "fast" else "sdpa")
+    check_length(model, job.seq_len, say)
     method = job.method.typed()
     selected = find_anatomy(model, getattr(method, "targets", None) or "all", getattr(method, "layers", "all"))
     quantiser = job.quant.load().Quantiser(job.quant.typed())
@@ -70,7 +73,24 @@ def rows(job: Job, parts: Sketch, cache: Path, say: Say) -> Corpus:
     """The job's rows, tokenised, with the method's virtual tokens counted in."""
     vocabulary = parts.model.get_input_embeddings().num_embeddings
     prefix = tuple(range(vocabulary, vocabulary + parts.tuner.prefix))
-    return load(job.data.load(), job.data.typed(), parts.base.tokenizer(), job.seq_len, prefix, job.seed, cache, say)
+    tokenizer = parts.base.tokenizer()
+    corpus = load(job.data.load(), job.data.typed(), tokenizer, job.seq_len, prefix, job.seed, cache, say)
+    if len(tokenizer) > vocabulary:
+        _check_ids(corpus, tokenizer, vocabulary, padded=job.kernels != "fast")
+    return corpus
+
+
+def _check_ids(corpus: Corpus, tokenizer: Any, vocabulary: int, padded: bool) -> None:
+    """UserError where a row, or the padding, holds a token that the model has no embedding for."""
+    known = f"the model's vocabulary ends at {vocabulary - 1}: tokenizer and model do not belong together"
+    if padded and (tokenizer.pad_token_id or 0) >= vocabulary:
+        raise UserError(f"the tokenizer pads with token {tokenizer.pad_token_id}; {known}")
+    for rows in (corpus.train, corpus.held_out):
+        for i in range(len(rows)):
+            highest = int(rows.ids(i)[len(rows.prefix_ids) :].max())
+            if highest >= vocabulary:
+                shown = tokenizer.convert_ids_to_tokens(highest)
+                raise UserError(f"{rows.where(i)}: found token {highest} ({shown!r}); {known}")
 
 
 def furnish(job: Job, parts: Sketch, device: torch.device, cache: Path, say: Say, recomputed: int) -> None:

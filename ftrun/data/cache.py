@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from ftrun.beside import beside
 from ftrun.data.encode import Row, Tally
 
-VERSION = 1  # of the encoding: a change of what is cached must change it
+VERSION = 2  # of the encoding: a change of what is cached must change it
 _ARRAYS = {
     "ids": np.int32,
     "learn": np.uint8,
@@ -70,12 +71,18 @@ def cached(folder: Path, make: Callable[[Tally], Iterable[list[Row]]], first: in
     first: the first token of a row that can be a target (0 behind virtual tokens, else 1).
     """
     facts = _sound(folder)
-    if facts is None:
+    if facts is not None:
+        return Store(folder, facts)
+    try:
         if folder.exists():
             say(f"data: the cache {folder} is damaged; it is made anew")
             shutil.rmtree(folder)
-        facts = _write(folder, make, first)
-    return Store(folder, facts)
+        return Store(folder, _write(folder, make, first))
+    except OSError as error:
+        say(f"warning: the tokenised rows are not kept in {folder.parent}: {error.strerror or error}")
+    # mapped files live on without a name
+    with tempfile.TemporaryDirectory(prefix="ftrun-") as alone:
+        return Store(Path(alone) / folder.name, _write(Path(alone) / folder.name, make, first))
 
 
 def _sound(folder: Path) -> dict[str, Any] | None:
@@ -92,7 +99,7 @@ def _sound(folder: Path) -> dict[str, Any] | None:
 def _write(folder: Path, make: Callable[[Tally], Iterable[list[Row]]], first: int) -> dict[str, Any]:
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     # readable by the user alone, as mkdtemp makes it
-    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    new = Path(tempfile.mkdtemp(prefix=f"{beside(folder).name}-", dir=folder.parent))
     try:
         tally = Tally()
         sources = _stream(new, make(tally), first)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ftrun.data.options import DataOptions
-from ftrun.data.record import Bad, Records, RowError
+from ftrun.data.record import Bad, ColumnsError, Records, RowError
 from ftrun.data.render import Rendered, Renderer
 from ftrun.data.shapes import Chat, Text, read
 from ftrun.data.template import adds_bos
@@ -75,6 +75,8 @@ class Encoder:
             yield rest
         if self.renderer.folded:
             self.tally.counts["system_folded"] = self.renderer.folded
+        if self.renderer.unseen:
+            self.tally.counts["tools_unseen"] = self.renderer.unseen
 
     def _batch(self, batch: list[tuple[str, dict[str, Any] | Bad]]) -> Iterator[Row]:
         meant: list[tuple[str, Rendered | Text]] = []
@@ -83,7 +85,8 @@ class Encoder:
             try:
                 meant += [(where, one) for one in self._meaning(where, record)]
             except RowError as error:
-                self._bad(where, str(error))
+                first = isinstance(error, ColumnsError) and self.tally.counts["read"] == 1
+                self._bad(where, str(error), first or (isinstance(record, Bad) and record.hopeless))
         encoded = self._tokenise([one for _, one in meant])
         for (where, one), (ids, learn) in zip(meant, encoded, strict=True):
             yield from self._text(where, one, ids) if isinstance(one, Text) else self._chat(where, ids, learn)
@@ -103,9 +106,10 @@ class Encoder:
         self.tally.counts["turns_apart"] += len(rendered) if len(rendered) > 1 else 0
         return rendered
 
-    def _bad(self, where: str, why: str) -> None:
+    def _bad(self, where: str, why: str, hopeless: bool) -> None:
         if self.options.bad_rows == "error":
-            raise UserError(f"{where}: {why}. (data.bad_rows=skip leaves such rows out)")
+            advice = "" if hopeless else ". (data.bad_rows=skip leaves such rows out)"
+            raise UserError(f"{where}: {why}{advice}")
         self.tally.leave("bad", where, why)
 
     def _chat(self, where: str, ids: np.ndarray, learn: np.ndarray) -> Iterator[Row]:

@@ -17,28 +17,38 @@ def expand(path: str, suffixes: tuple[str, ...], key: str = "data.path") -> list
     Raises UserError, naming `key` and the nearest existing name, where there is none.
     """
     full = Path(os.path.expanduser(path))
-    if full.is_file():
+    # os.path, unlike pathlib, takes any name: too long a one, or a link that leads nowhere
+    if os.path.isfile(full):
         return [full]
-    if full.is_dir():
+    if os.path.isdir(full):
         return _in_folder(full, suffixes, key)
     if glob.has_magic(str(full)):
-        found = sorted(Path(p) for p in glob.glob(str(full), recursive=True) if Path(p).is_file())
+        found = sorted(Path(p) for p in glob.glob(str(full), recursive=True) if os.path.isfile(p))
         if not found:
             raise UserError(f"{key}={path}: the pattern matches no file")
         return found
-    raise missing(path, key)
+    raise missing(path, key, suffixes)
 
 
-def missing(path: str, key: str = "data.path") -> UserError:
-    """The error for a path that does not exist, with the nearest name that does."""
+def missing(path: str, key: str = "data.path", suffixes: tuple[str, ...] = ()) -> UserError:
+    """The error for a path that does not exist, with the nearest name that does: a folder's, or a like file's."""
     full = Path(os.path.expanduser(path))
+    if os.path.islink(full):
+        return UserError(f"{key}={path}: a link that leads to no file or folder ({os.readlink(full)})")
+    if os.path.exists(full):
+        return UserError(
+            f"{key}={path}: expected a plain file or a folder, found a pipe or a device. Write a file first"
+        )
     folder, name = full.parent, full.name
-    while not folder.is_dir() and folder != folder.parent:
+    while not os.path.isdir(folder) and folder != folder.parent:
         folder, name = folder.parent, folder.name
     try:
         beside = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
     except OSError:
         beside = []
+    like = (*suffixes, full.suffix) if full.suffix else suffixes
+    if like:
+        beside = [name for name in beside if name.lower().endswith(like) or os.path.isdir(folder / name)]
     close = nearest(name, beside)
     hint = f" Did you mean {str(folder / close)!r}?" if close else ""
     return UserError(f"{key}={path}: there is no such file or folder.{hint}")

@@ -26,7 +26,8 @@ from ftrun.errors import UserError
 
 # what does not change a source's rows
 _UNCACHED = {"distinct", "held_out", "held_out_most", "held_out_path", "held_out_split", "template"}
-_COUNTS = ("read", "bad", "nothing_to_learn", "overlong", "truncated", "windows", "turns_apart", "system_folded")
+_COUNTS: tuple[str, ...] = ("read", "bad", "nothing_to_learn", "overlong", "truncated", "windows", "turns_apart")
+_COUNTS += ("system_folded", "tools_unseen")
 
 
 @dataclass(frozen=True)
@@ -148,12 +149,25 @@ def _split(rows: Rows, stores: list[store.Store], options: DataOptions, seed: in
         raise UserError(
             f"data.held_out={options.held_out}: found {len(rows):,} rows in all, expected fewer than that held out"
         )
-    order = _random(seed, 0).permutation(len(sizes))
-    taken = max(1, int(np.searchsorted(np.cumsum(sizes[order]), wanted, side="right")))
     chosen = np.zeros(len(sizes), bool)
-    chosen[order[: min(taken, len(sizes) - 1)]] = True
+    chosen[_filling(sizes, _random(seed, 0).permutation(len(sizes)), wanted)] = True
     held = chosen[group]
     return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def _filling(sizes: np.ndarray, order: np.ndarray, wanted: int) -> list[int]:
+    """Groups in the order drawn, as many as make up `wanted` rows; one too large is passed over. One group at least
+    is taken, the smallest where none fits, and one at least is left.
+    """
+    taken: list[int] = []
+    left = wanted
+    for group in order.tolist():
+        if left and sizes[group] <= left and len(taken) < len(sizes) - 1:
+            taken.append(group)
+            left -= int(sizes[group])
+        elif not left:
+            break
+    return taken or [int(order[sizes[order].argmin()])]
 
 
 def _first_of_each(indices: np.ndarray, stores: list[store.Store]) -> np.ndarray:
@@ -229,3 +243,7 @@ def _warn(stores: list[store.Store], say: Callable[[str], None]) -> None:
     if cut:
         rows = "row" if cut == 1 else "rows"
         say(f"data: {cut:,} {rows} longer than seq_len cut (data.overlong=drop leaves them out)")
+    unseen = sum(one.facts["counts"].get("tools_unseen", 0) for one in stores)
+    if unseen:
+        rows = "row brings" if unseen == 1 else "rows bring"
+        say(f"warning: data: {unseen:,} {rows} tools, which the chat template does not show to the model")

@@ -14,13 +14,18 @@ CONTINUES = "ftrun:continues"
 
 @dataclass(frozen=True)
 class Bad:
-    """A row that could not be read, and why: what was found, what was expected."""
+    """A row that could not be read, and why: what was found, what was expected. hopeless: there is no other row."""
 
     why: str
+    hopeless: bool = False
 
 
 class RowError(ValueError):
     """A record that is no row to train on. Its text says what was found and what was expected."""
+
+
+class ColumnsError(RowError):
+    """The columns are not those of any shape: where it is the first row, the others are alike."""
 
 
 # ("file:line" or "file:row N", the record)

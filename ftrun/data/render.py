@@ -21,6 +21,8 @@ from ftrun.data.shapes import Chat, Message
 
 _GUARDS = range(0xF0000, 0xFFFFE)
 _SLOTS = 0x100000
+# what a template's own expressions raise, beside Jinja's errors: 1/0, range(10**9), messages[5].x
+_REFUSALS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class Rewrites(RowError):
 class Renderer:
     """Renders conversations with a tokenizer's chat template.
 
-    folded: how many system prompts went into the first question, as the template knows no system role.
+    folded: how many system prompts went into the first question, as the template knows no system role. unseen: how
+    many conversations brought tools that the template does not show.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -60,7 +63,7 @@ class Renderer:
         self.controls = re.compile("|".join(re.escape(n) for n in sorted(names, key=len, reverse=True)))
         self._controls = re.compile(f"(?:{self.controls.pattern})+")
         self._ending = re.compile(f"(?:{self.controls.pattern})+(?=\\s*$)")
-        self.folded = 0
+        self.folded = self.unseen = 0
         self.skeletons: dict[str, list[str] | None] = {}
 
     def render(self, chat: Chat) -> list[Rendered]:
@@ -71,6 +74,8 @@ class Renderer:
         chat, guards = self._guarded(self._unended(_trimmed(chat)))
         if not any(chat.learn):
             return []
+        self._check_calls(chat)
+        self.unseen += bool(chat.tools) and not self._shows_tools
         try:
             return [dataclasses.replace(self._one(chat), guards=guards)]
         except Rewrites:
@@ -79,6 +84,31 @@ class Renderer:
         turns = [i for i, learnt in enumerate(chat.learn) if learnt]
         rows = [_upto(chat, turn) for turn in turns]
         return [dataclasses.replace(self._one(row), guards=guards) for row in rows]
+
+    def _check_calls(self, chat: Chat) -> None:
+        """Raises RowError where the template passes over the calls of tools: an empty answer would be learnt."""
+        calling = [i for i, m in enumerate(chat.messages) if m.get("tool_calls")]
+        if not calling:
+            return
+        without = [{k: v for k, v in m.items() if k != "tool_calls"} for m in chat.messages]
+        try:
+            same = self._apply(chat.messages, chat.tools) == self._apply(without, chat.tools)
+        except RowError:
+            return
+        if same:
+            raise RowError(
+                f"messages[{calling[0]}]: found tool_calls, which the chat template does not show; expected a template "
+                "that knows tools (data.template=FILE.jinja)"
+            )
+
+    @functools.cached_property
+    def _shows_tools(self) -> bool:
+        asked = [{"role": "user", "content": chr(_SLOTS)}]
+        tool = {"type": "function", "function": {"name": "f", "description": "", "parameters": {"type": "object"}}}
+        try:
+            return self._apply(asked, [tool]) != self._apply(asked, None)
+        except RowError:
+            return True
 
     def _one(self, chat: Chat) -> Rendered:
         try:
@@ -207,8 +237,9 @@ class Renderer:
             return self.tokenizer.apply_chat_template(
                 messages, tools=tools, tokenize=False, add_generation_prompt=opening
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
-            raise RowError(f"the chat template refuses the conversation: {error}") from error
+        except (jinja2.TemplateError, *_REFUSALS) as error:
+            why = str(error).rstrip(".") or type(error).__name__
+            raise RowError(f"the chat template refuses the conversation: {why}") from error
 
     def _unended(self, chat: Chat) -> Chat:
         """Without the EOS that some data spell out at an answer's end: the row gets one anyway."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ftrun.data.options import DataOptions
-from ftrun.data.record import CONTINUES, RowError
+from ftrun.data.record import CONTINUES, ColumnsError, RowError
 from ftrun.errors import nearest
 
 Message = dict[str, Any]
@@ -63,8 +64,7 @@ def read(record: Record, options: DataOptions) -> Chat | Text:
     for names, shape in _SHAPES:
         if all(_column(row, name) for name in names):
             return shape(row, options)
-    found = ", ".join(str(k) for k in record) or "none"
-    raise RowError(f"found the columns {found}, expected {_EXPECTED}")
+    raise ColumnsError(f"found the columns {_listed(record)}, expected {_EXPECTED}")
 
 
 def _mapped(record: Record, columns: Mapping[str, str]) -> dict[str, Any]:
@@ -72,11 +72,15 @@ def _mapped(record: Record, columns: Mapping[str, str]) -> dict[str, Any]:
         if theirs not in record:
             close = nearest(theirs, map(str, record))
             hint = f". Did you mean {close!r}?" if close else ""
-            raise RowError(
-                f"data.columns: {ours}: found no column {theirs!r} among {', '.join(map(str, record))}{hint}"
-            )
+            raise ColumnsError(f"data.columns: {ours}: found no column {theirs!r} among {_listed(record)}{hint}")
     taken = set(columns.values())
     return {**{k: v for k, v in record.items() if k not in taken}, **{o: record[t] for o, t in columns.items()}}
+
+
+def _listed(record: Record) -> str:
+    names = [str(name)[:80] for name in itertools.islice(record, 12)]
+    more = f", … ({len(record):,} in all)" if len(record) > len(names) else ""
+    return ", ".join(names) + more if names else "none"
 
 
 def _column(row: Record, names: tuple[str, ...]) -> tuple[str, Any] | None:
@@ -110,6 +114,8 @@ def _said(row: Record, names: tuple[str, ...], role: str) -> tuple[list[Message]
     key, found = _column(row, names) or (names[0], None)
     if isinstance(found, str):
         return [{"role": role, "content": text(found, key)}], [None]
+    if not isinstance(found, list | tuple):
+        raise RowError(f"{key}: found {_shown(found)}, expected text, or a list of messages {{role, content}}")
     return _turns(found, key)
 
 
@@ -279,8 +285,7 @@ def _parse(found: str, key: str) -> Any:
 def text(found: Any, key: str) -> str:
     """`found` as text that a tokenizer takes. Raises RowError."""
     if not isinstance(found, str):
-        shown = f" ({found})" if isinstance(found, int | float) else ""
-        raise RowError(f"{key}: found {_kind(found)}{shown}, expected text")
+        raise RowError(f"{key}: found {_shown(found)}, expected text")
     if "\0" in found:
         raise RowError(f"{key}: found a NUL character at position {found.index(chr(0)) + 1}, expected text")
     if not found.isascii():
@@ -289,6 +294,14 @@ def text(found: Any, key: str) -> str:
         except UnicodeEncodeError as error:
             raise RowError(f"{key}: found half a character at position {error.start + 1}, expected text") from error
     return found
+
+
+def _shown(found: Any) -> str:
+    try:
+        return f"{_kind(found)} ({found})" if isinstance(found, int | float) else _kind(found)
+    except ValueError:
+        # Python writes no integer of over 4,300 digits
+        return "a number of thousands of digits"
 
 
 def _kind(found: Any) -> str:

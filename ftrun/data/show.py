@@ -26,6 +26,7 @@ _WORDS = {
     "windows": "windows that plain text was split into",
     "turns_apart": "rows that stand for one turn each (the template rewrites earlier turns)",
     "system_folded": "system prompts put into the first question (the template has none)",
+    "tools_unseen": "rows whose tools the chat template does not show",
     "duplicates": "rows that are copies of another",
 }
 

@@ -11,7 +11,8 @@ import hashlib
 import importlib
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -36,7 +37,7 @@ def check_sources(module: ModuleType, options: DataOptions) -> None:
 def template_file(template: str) -> Path:
     """The file of a template of the user's own. Raises UserError where there is none."""
     path = Path(os.path.expanduser(template))
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike pathlib's, it takes any name
         raise UserError(unknown("data.template: the template", template, ("chatml", "plain", "FILE.jinja")))
     return path
 
@@ -50,7 +51,19 @@ def parts(module: ModuleType, options: DataOptions) -> list[Part]:
 def held_out_parts(module: ModuleType, options: DataOptions) -> list[Part]:
     """The sources of the held-out set that the user names, [] where it is split off."""
     apart = options.apart()
-    return [] if apart is None else parts(module, apart)
+    if apart is None:
+        return []
+    made = _of_held_out(lambda: parts(module, apart))
+    return [dataclasses.replace(one, check=functools.partial(_of_held_out, one.check)) for one in made]
+
+
+def _of_held_out(act: Callable[[], Any]) -> Any:
+    """What goes wrong with the held-out set is said of the key that named it."""
+    try:
+        return act()
+    except UserError as error:
+        said = re.sub(r"^data\.(?:sources\[0\]\.)?(path|split)", r"data.held_out_\1", str(error))
+        raise UserError(said) from error
 
 
 def part(module: ModuleType, options: DataOptions, weight: float | None = None) -> Part:
@@ -86,9 +99,9 @@ def source(values: Mapping[str, Any], common: DataOptions, where: str) -> Part:
 def kind_of(path: str, where: str) -> str:
     """The format that reads `path`, by its suffix; a folder by what lies in it."""
     full = Path(os.path.expanduser(path))
-    if (full / "state.json").is_file() or (full / "dataset_dict.json").is_file():
+    if os.path.isfile(full / "state.json") or os.path.isfile(full / "dataset_dict.json"):
         return "folder"
-    inside = sorted(p.name for p in full.rglob("*") if p.is_file()) if full.is_dir() else [full.name]
+    inside = sorted(p.name for p in full.rglob("*") if p.is_file()) if os.path.isdir(full) else [full.name]
     for name in inside:
         for kind in KINDS:
             if name.lower().endswith(importlib.import_module(f"ftrun.data.formats.{kind}").SUFFIXES):

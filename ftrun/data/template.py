@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ftrun.data.sources import template_file
@@ -37,13 +38,22 @@ def adopt(tokenizer: Any, template: str | None, say: Callable[[str], None]) -> s
             return "the tokenizer's own"
         say("data: the tokenizer has no chat template; rows are trained as plain text (data.template=plain)")
         template = "plain"
-    source = _BUILT_IN.get(template) or template_file(template).read_text(encoding="utf-8")
+    source = _BUILT_IN.get(template) or _read(template_file(template))
     if template in _BUILT_IN and adds_bos(tokenizer):
         source = "{{ bos_token }}" + source
     if template == "chatml" and "<|im_end|>" not in tokenizer.get_vocab():
         say("data.template=chatml: the tokenizer has no token <|im_end|>; it is written as text, and EOS ends a turn")
     tokenizer.chat_template = source
     return template
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"data.template={path}: expected a chat template in Jinja, UTF-8 text; found: {error}"
+        ) from error
 
 
 def adds_bos(tokenizer: Any) -> bool:

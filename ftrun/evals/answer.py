@@ -6,9 +6,19 @@ from typing import Any
 
 import torch
 
+from ftrun.errors import UserError
+
 
 def answer(model: Any, tokenizer: Any, prompt_ids: list[int], max_new_tokens: int) -> str:
-    """The model's continuation of `prompt_ids` (special tokens left out), decoded greedily; dropout off."""
+    """The model's continuation of `prompt_ids` (special tokens left out), decoded greedily; dropout off.
+
+    Where the model has a table of positions, the answer ends with it. Raises UserError where the prompt fills it.
+    """
+    most = getattr(model, "table_of_positions", None)
+    if most is not None and len(prompt_ids) >= most:
+        raise UserError(f"eval.prompt: {len(prompt_ids)} tokens; the model has {most} positions, the answer's counted")
+    if most is not None:
+        max_new_tokens = min(max_new_tokens, most - len(prompt_ids))
     was_training = model.training
     model.eval()
     ids = torch.tensor([prompt_ids], device=model.device)

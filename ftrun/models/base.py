@@ -6,9 +6,14 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import hashlib
 import json
 import os
+import re
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +21,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from ftrun.beside import replace_text
 from ftrun.errors import UserError, nearest
 from ftrun.models import config as configs
 from ftrun.models.options import Options
@@ -53,6 +59,8 @@ class Base:
         self.dtype: torch.dtype = getattr(torch, options.dtype)
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._files: tuple[Path, ...] | None = None
+        self._digests: dict[Path, str] = {}
+        self._converted = cache / "models" / name.replace("/", "--")
         here = self._at_hand()
         if here is not None:
             self._settle(here)
@@ -110,7 +118,10 @@ class Base:
         Streamed, and kept in the cache by each file's path, size and time. Fetches.
         """
         files = self.fetch().files or ()
-        digests = [_file_hash(path, self.cache) for path in files]
+        for path in files:
+            if path not in self._digests:
+                self._digests[path] = _file_hash(path, self.cache, self.say)
+        digests = [self._digests[path] for path in files]
         if len(digests) == 1:
             return digests[0]
         listed = "".join(f"{d}  {p.name}\n" for d, p in zip(digests, files, strict=True))
@@ -147,10 +158,6 @@ class Base:
         return self.options.path is None and bool(self.options.arch)
 
     @property
-    def _converted(self) -> Path:
-        return self.cache / "models" / self.name.replace("/", "--")
-
-    @property
     def _repo(self) -> str:
         return str(self.options.path or self.options.hub)
 
@@ -166,9 +173,21 @@ class Base:
 
     def _get(self, *, weights: bool) -> Path:
         if self.source == "package":
-            return package.convert(str(self.options.package), self.options.arch, self._converted, self.say)
+            return self._convert()
         trusted = self.options.trust_remote_code
         return hub.fetch(self._repo, self.options.revision, weights=weights, code=trusted, say=self.say)
+
+    def _convert(self) -> Path:
+        """The package's model as a folder: in the cache, or for this process alone where the cache takes nothing."""
+        name, arch = str(self.options.package), self.options.arch
+        try:
+            return package.convert(name, arch, self._converted, self.say)
+        except OSError as error:
+            self.say(f"warning: the converted base is not kept in {self._converted.parent}: {error.strerror or error}")
+        made = Path(tempfile.mkdtemp(prefix="ftrun-"))
+        atexit.register(shutil.rmtree, made, ignore_errors=True)
+        self._converted = made / self._converted.name
+        return package.convert(name, arch, self._converted, self.say)
 
     def _settle(self, folder: Path, whole: bool = True) -> None:
         """Takes the config of `folder`, and the folder itself where it holds the weights as well."""
@@ -221,7 +240,7 @@ class Base:
 def _source(options: Options) -> str:
     if options.path is None:
         return options.source
-    if Path(options.path).expanduser().is_dir():
+    if os.path.isdir(Path(options.path).expanduser()):
         return "folder"
     if options.source == "folder" or not hub.is_id(options.path):
         raise UserError(f"model.path={options.path}: no such folder{_neighbour(Path(options.path).expanduser())}")
@@ -229,9 +248,9 @@ def _source(options: Options) -> str:
 
 
 def _neighbour(path: Path) -> str:
-    if path.is_file():
+    if os.path.isfile(path):
         return "; it is a file. Give the folder that holds config.json and the weights"
-    beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+    beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if os.path.isdir(path.parent) else []
     close = nearest(path.name, beside)
     return f". Did you mean {path.parent / close}?" if close else ""
 
@@ -248,17 +267,18 @@ def _has_tokenizer(folder: Path | None) -> bool:
     return folder is not None and any((folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
-def _file_hash(path: Path, cache: Path) -> str:
+def _file_hash(path: Path, cache: Path, say: Say) -> str:
     """SHA-256 of one file, from the cache where its path, size and time are known there."""
     stat = path.resolve().stat()
     key = json.dumps([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
     note = cache / "hashes" / hashlib.sha256(key.encode()).hexdigest()[:32]
-    if note.is_file():
-        return note.read_text()
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if re.fullmatch("[0-9a-f]{64}", known := note.read_text(encoding="utf-8")):
+            return known
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    part = note.with_suffix(f".{os.getpid()}")
-    part.write_text(digest)
-    part.rename(note)
+    try:
+        replace_text(note, digest)
+    except OSError as error:
+        say(f"warning: the hash of {path.name} is not kept in {note.parent}: {error.strerror or error}")
     return digest

@@ -14,7 +14,7 @@ from ftrun.errors import UserError, nearest, unknown
 
 # read by some models whose config class does not declare it (Qwen3-MoE)
 _UNDECLARED = ("model_type", "architectures", "dtype", "head_dim")
-_WRONG = (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError)
+_WRONG = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, StrictDataclassError)
 
 
 def from_arch(arch: dict[str, Any], where: str) -> PretrainedConfig:
@@ -94,5 +94,7 @@ def _check_architecture(facts: dict[str, Any], where: Path) -> None:
 
 
 def _short(error: BaseException) -> str:
+    if isinstance(error, ZeroDivisionError):
+        return "a size in it is 0, such as num_attention_heads; expected 1 or more"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:3]) or type(error).__name__

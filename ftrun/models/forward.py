@@ -11,6 +11,7 @@ from torch import nn
 
 from ftrun.kernels.attention import packed_attention
 from ftrun.kernels.loss import CHUNK, Shape, chunked_loss, full_loss
+from ftrun.models.packing import Attended, refusal
 from ftrun.values import Batch
 
 PACKED = "ftrun_packed"  # the name under which transformers finds our attention
@@ -27,12 +28,20 @@ def register_attention() -> None:
 @contextlib.contextmanager
 def attention(model: Any, name: str) -> Iterator[None]:
     """Another attention implementation for a while: PACKED knows no cache, generation needs one that does."""
-    before = model.config._attn_implementation
+    before, name = model.config._attn_implementation, known(type(model), name)
+    if name == before:
+        yield
+        return
     model.set_attn_implementation(name)
     try:
         yield
     finally:
         model.set_attn_implementation(before)
+
+
+def known(family: Any, name: str) -> str:
+    """`name`, or "eager" in place of "sdpa" for a family that has none (Gemma 2, for its capped scores)."""
+    return "eager" if name == "sdpa" and not getattr(family, "_supports_sdpa", True) else name
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:
@@ -50,9 +59,12 @@ def _attend(
     row_lengths: tuple[int, ...] | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    attended: Attended | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: (B, H, T, D) in, (B, T, H, D) out."""
+    if attended is not None and row_lengths is not None:
+        attended.note(module, sliding_window, attention_mask, kwargs)
     lengths = row_lengths or (query.shape[2],)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = packed_attention(query, key, value, lengths, scale, sliding_window, softcap, dropout)
@@ -82,11 +94,26 @@ class TokenLoss:
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """(rows, width, D): what the head reads."""
-        return self.model.base_model(**self._inputs(batch)).last_hidden_state
+        return self._run(self.model.base_model, batch).last_hidden_state
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """(rows, width, V), the model's own."""
-        return self.model(**self._inputs(batch)).logits
+        return self._run(self.model, batch).logits
+
+    def _run(self, model: Any, batch: Batch) -> Any:
+        """The model's outputs. Raises UserError where a packed batch did not go through our attention alone."""
+        inputs = self._inputs(batch)
+        if not batch.packed:
+            return model(**inputs)
+        attended = Attended()
+        try:
+            found = model(**inputs, attended=attended)
+        except TypeError as error:
+            if "unexpected keyword argument" not in str(error):
+                raise
+            raise refusal(self.model, "its code takes no arguments of ours") from error
+        attended.check(self.model)
+        return found
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}

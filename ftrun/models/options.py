@@ -29,6 +29,8 @@ class Options:
 
     def __post_init__(self) -> None:
         form = "DIR" if self.source == "folder" else "ORG/NAME"
+        if self.path is not None and not self.path.strip():
+            raise UserError(f"model.path= is empty: name the model, model.path={form}")
         if self.path is None and (self.hub is None or self.source == "folder"):
             raise UserError(f"model.path is missing: name the model, model.path={form}")
         if self.path is None and self.source == "package" and self.package is None:

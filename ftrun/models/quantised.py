@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import shutil
 import zlib
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from types import TracebackType
 
 import torch
 
+from ftrun.beside import beside
 from ftrun.errors import UserError
 from ftrun.models.tensors import Layout, TensorFile, Writer, raw
 
@@ -53,7 +53,7 @@ class Cached:
                 if zlib.crc32(raw(tensor)) != sums[name]:
                     raise Damaged(f"the bytes of {name} changed")
                 take(name, tensor)
-        except (OSError, ValueError, KeyError, TypeError) as error:  # UserError is a ValueError
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # UserError is a ValueError
             raise Damaged(str(error)) from error
 
     def discard(self) -> None:
@@ -69,7 +69,7 @@ class Keeping:
 
     def __init__(self, cached: Cached, layout: Layout) -> None:
         self.cached, self.layout, self.failed = cached, layout, ""
-        self._aside = cached.folder.with_name(f".{cached.folder.name}.{os.getpid()}")
+        self._aside = beside(cached.folder)
         self._writer: Writer | None = None
 
     def __enter__(self) -> Keeping:

@@ -75,7 +75,7 @@ def anatomy(model: nn.Module, targets: Targets, layers: Layers, experts: bool = 
     projections) only where every layer is taken. `qv` takes a fused qkv whole. `re:PATTERN` matches the whole dotted
     name, as PEFT does, of linear layers and experts. A router is taken only by its name.
     experts: whether `all` and `mlp` take experts too (3-D parameters); a name that means them is refused if not.
-    Raises UserError where `layers` leaves the model or an element of `targets` matches nothing.
+    Raises UserError where `layers` leaves the model or has no effect, or an element of `targets` matches nothing.
     """
     stem, stack = _layers(model)
     embeddings, head = _ends(model)
@@ -84,6 +84,8 @@ def anatomy(model: nn.Module, targets: Targets, layers: Layers, experts: bool = 
     taken: dict[str, _Part] = {}
     for target in check_targets(targets):
         taken |= {p.site.name: p for p in _match(target, parts, chosen, len(stack), experts)}
+    if len(chosen) < len(stack) and all(p.site.layer is None for p in taken.values()):
+        raise UserError(f"layers={layers}: has no effect, as targets={targets} takes nothing inside the layers")
     return Anatomy(
         sites=tuple(p.site for p in parts if p.site.name in taken),
         blocks=tuple(_block(parts, stem, i) for i in chosen),

@@ -205,7 +205,11 @@ class Session:
         said = self._answer()
         self._note_evaluation(when, EvalRecord(**{**asdict(record), "extra": said}))
         if when == "before" and (kept := self._base_figures()):
-            write_json(kept, asdict(record) | {"extra": said})
+            try:
+                write_json(kept, asdict(record) | {"extra": said})
+            except OSError as error:
+                why = error.strerror or error
+                self.console.say(f"warning: the base's figures are not kept in {kept.parent}: {why}")
 
     def _note_evaluation(self, when: str, record: EvalRecord) -> None:
         self.evals[when] = {**asdict(record), **record.extra}

@@ -278,6 +278,17 @@ def test_hub_offline():
         hub.fingerprint(hub.Options(path="owner/name"))
 
 
+@pytest.mark.parametrize("client", ["httpx", "httpx2"])
+def test_hub_without_a_network(client, monkeypatch):
+    """Whatever the hub's client stands on in this version: its errors are no OSError."""
+    import huggingface_hub
+
+    raised = type("ConnectError", (Exception,), {"__module__": f"{client}._exceptions"})("no route to the host")
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *a, **k: (_ for _ in ()).throw(raised))
+    with pytest.raises(UserError, match=r"the hub cannot be reached \(no route to the host\)"):
+        hub.fingerprint(hub.Options(path=f"owner/{client}"))
+
+
 def test_hub_streams_plain_data_alone(tmp_path, monkeypatch):
     import datasets
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 import time
 from types import ModuleType
@@ -242,6 +243,42 @@ def test_a_damaged_cache_is_made_anew(harm, corpus, tokenizer, tmp_path, said):
     assert [after.train.ids(i).tolist() for i in range(5)] == expected
     assert "is damaged; it is made anew" in said[0]
     assert len(folders(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "options"),
+    [("", {}), ([{"foo": 1}], {}), ([{"question": "Q", "answer": "A"}], {"columns": {"prompt": "q"}})],
+)
+def test_skipping_is_not_advised_where_it_cannot_help(rows, options, corpus, tokenizer):
+    with pytest.raises(UserError, match=r"rows.jsonl:1: ") as raised:
+        corpus(rows, tokenizer, **options)
+    assert "bad_rows" not in str(raised.value)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_many_copies_do_not_swell_what_is_held_out(seed, corpus, tokenizer):
+    rows = [{"question": "Q", "answer": "same"}] * 40 + asked(17)
+    made = corpus(rows, tokenizer, held_out=0.05, seed=seed)
+    assert len(made.held_out) == 3
+    made = corpus([rows[0]] * 20 + [rows[-1]] * 30, tokenizer, held_out=0.05, seed=seed)
+    assert (len(made.held_out), len(made.train)) == (20, 30)  # the smallest there is
+
+
+def test_a_template_that_is_no_text(corpus, tokenizer, tmp_path):
+    (tmp_path / "t.jinja").write_bytes(b"\xff\xfe\x00")
+    for template, said in ((str(tmp_path / "t.jinja"), "expected a chat template"), ("x" * 300, "is unknown")):
+        with pytest.raises(UserError, match=rf"data.template.*{said}"):
+            corpus(asked(2), tokenizer, template=template)
+
+
+def test_a_cache_that_takes_nothing_costs_a_warning(corpus, tokenizer, tmp_path, said):
+    expected = corpus(asked(5), tokenizer).train
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "data").write_text("a file")
+    made = corpus(asked(5), tokenizer).train
+    assert [made.ids(i).tolist() for i in range(5)] == [expected.ids(i).tolist() for i in range(5)]
+    assert [line for line in said if "not kept" in line] == said
 
 
 def test_a_failed_reading_leaves_nothing(corpus, tokenizer, tmp_path):

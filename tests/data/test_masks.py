@@ -249,6 +249,27 @@ def test_tool_calls_are_learnt_and_tools_shown(corpus):
     assert tokenizer.eos_token_id not in ids[:20]
 
 
+def test_calls_that_the_template_does_not_show_are_refused(corpus, said):
+    """A template that knows no tools would teach an empty answer in their place."""
+    tokenizer = small.byte_level(small.CHATML, "<|im_end|>")
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    asked = {"role": "user", "content": "1+1? add"}
+    row = {"messages": [asked, {"role": "assistant", "content": "", "tool_calls": [call]}], "tools": [call]}
+    with pytest.raises(UserError, match=r"rows.jsonl:1: messages\[1\]: found tool_calls, .*data.template=FILE.jinja"):
+        corpus([row], tokenizer)
+    fine = {"messages": [asked, {"role": "assistant", "content": "2"}], "tools": [call]}
+    made = corpus([row, fine], tokenizer, bad_rows="skip")
+    assert (made.counts["bad"], made.counts["tools_unseen"], len(made.train)) == (1, 1, 1)
+    assert any("1 row brings tools" in line for line in said)
+
+
+@pytest.mark.parametrize("template", ["{{ 1/0 }}", "{% for i in range(10**9) %}{% endfor %}", "{{ messages[5].x.y }}"])
+def test_templates_that_fail_are_said_of_the_row(template, corpus):
+    tokenizer = small.byte_level(template, "</s>")
+    with pytest.raises(UserError, match=r"rows.jsonl:1: the chat template refuses"):
+        corpus([{"question": "Q", "answer": "A"}], tokenizer)
+
+
 def test_a_system_prompt_goes_into_the_question_where_the_template_has_none(corpus):
     tokenizer = small.byte_level(small.GEMMA, "</s>")
     made = corpus([{"question": "Q", "answer": "A"}], tokenizer, system="Be kind.")

@@ -94,9 +94,11 @@ def test_sharegpt_tools():
     [
         ({"foo": 1, "bar": 2}, r"found the columns foo, bar, expected messages \| .*data.columns=\{prompt: YOURS"),
         ({}, "found the columns none, expected"),
+        ({f"c{i}": 1 for i in range(20_000)}, r"c11, … \(20,000 in all\), expected"),
+        ({"prompt": 10**5000, "completion": "A"}, "prompt: found a number of thousands of digits, expected text"),
         ({"prompt": "Q", "chosen": "A", "rejected": "B"}, "found the columns prompt, chosen, rejected"),
-        ({"prompt": 3, "completion": "A"}, "prompt: found a number, expected a list of messages"),
-        ({"prompt": "Q", "completion": 42}, "completion: found a number, expected a list"),
+        ({"prompt": 3, "completion": "A"}, r"prompt: found a number \(3\), expected text, or a list of messages"),
+        ({"prompt": "Q", "completion": 42}, r"completion: found a number \(42\), expected text, or a list"),
         ({"question": "Q", "answer": 42}, r"answer: found a number \(42\), expected text"),
         ({"question": ["Q"], "answer": "A"}, "question: found a list, expected text"),
         ({"question": "Q\0", "answer": "A"}, "question: found a NUL character at position 2"),

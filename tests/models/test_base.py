@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,10 +86,34 @@ def test_hash_is_what_sha256sum_says(folder: Path, tmp_path: Path) -> None:
     assert base.hash() == hashlib.sha256(weights.read_bytes()).hexdigest()
     # the second time it comes from the cache, until the file changes
     (note,) = (tmp_path / "cache/hashes").iterdir()
-    note.write_text("from the cache")
-    assert base.hash() == "from the cache"
+    note.write_text("0" * 64)
+    assert opened(folder, tmp_path / "cache").hash() == "0" * 64
     os.utime(weights, (1, 1))
-    assert base.hash() == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert opened(folder, tmp_path / "cache").hash() == hashlib.sha256(weights.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("harm", [b"", b"66a272c9", b"{}", b"\xff\x9d" * 32, None])
+def test_a_damaged_note_of_a_hash_is_not_believed(harm: bytes | None, folder: Path, tmp_path: Path) -> None:
+    wanted = opened(folder, tmp_path / "cache").hash()
+    (note,) = (tmp_path / "cache/hashes").iterdir()
+    if harm is None:
+        note.unlink()
+        note.mkdir()
+    else:
+        note.write_bytes(harm)
+    assert opened(folder, tmp_path / "cache").hash() == wanted
+    assert note.is_dir() or note.read_text() == wanted
+    assert list(note.parent.iterdir()) == [note]
+
+
+def test_a_file_in_the_place_of_the_notes_costs_a_warning(folder: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/hashes").write_text("x")
+    base = open_base(Options(path=str(folder)), "m", tmp_path / "cache", said.append)
+    assert base.hash() == base.hash() == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert len(said) == 1
+    assert "not kept" in said[0]
 
 
 def test_shards(tmp_path: Path) -> None:
@@ -130,6 +156,33 @@ def _scribbled(folder: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:8] + b"#" + weights.read_bytes()[9:])
 
 
+def _header(**changes: Any) -> Callable[[Path], None]:
+    """One tensor's entry in the header changed; None takes a key out."""
+
+    def spoil(folder: Path) -> None:
+        weights = folder / "model.safetensors"
+        raw = weights.read_bytes()
+        size = struct.unpack("<Q", raw[:8])[0]
+        header = json.loads(raw[8 : 8 + size])
+        entry = header["model.layers.0.self_attn.q_proj.weight"]
+        entry.update(changes)
+        for key in [k for k, v in entry.items() if v is None]:
+            del entry[key]
+        if changes.get("data_offsets") == []:
+            entry["data_offsets"] = header["model.layers.1.self_attn.q_proj.weight"]["data_offsets"]
+        text = json.dumps(header).encode()
+        weights.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + size :])
+
+    return spoil
+
+
+def _outside(folder: Path) -> None:
+    shutil.copytree(folder, folder.with_name("other"))
+    (folder / "model.safetensors").unlink()
+    where = {"model.norm.weight": "../other/model.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+
+
 def _no_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
 
@@ -153,6 +206,12 @@ def _edit(**changes: object) -> Callable[[Path], None]:
         (lambda folder: (folder / "model.safetensors").unlink(), "no weights"),
         (_cut, "cut short or damaged"),
         (_scribbled, "its header is damaged"),
+        (_header(dtype=None), "its header is damaged"),
+        (_header(shape=None), "its header is damaged"),
+        (_header(shape=[-64, -64]), "its header is damaged"),
+        (_header(data_offsets=[-8, 16]), "its header is damaged"),
+        (_header(data_offsets=[]), "its header is damaged"),  # where another tensor lies
+        (_outside, "expected the names of files beside it"),
         (_write("model.safetensors", "short"), "no safetensors file"),
         (_no_tokenizer, "no tokenizer"),
         (_write("tokenizer.json", "{}"), "the tokenizer cannot be read"),
@@ -189,6 +248,9 @@ def test_a_bitsandbytes_checkpoint_is_recognised(folder: Path, tmp_path: Path) -
 def test_paths_refused(folder: Path, tmp_path: Path) -> None:
     assert f"Did you mean {folder}?" in refused(folder.with_name("mime"), tmp_path)
     assert "it is a file" in refused(folder / "config.json", tmp_path)
+    assert "no such folder" in refused(folder / ("x" * 300), tmp_path)
+    with pytest.raises(UserError, match=r"model\.path= is empty"):
+        Options(path="")
     assert "no such folder" in refused(Path("some/where"), tmp_path, source="folder")
 
 

@@ -154,3 +154,12 @@ def test_table_and_spans() -> None:
     assert rows == [("0-1", "self_attn.q_proj", 2, 64, 64), ("-", "lm_head", 1, 64, 272)]
     assert spans([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
     assert spans([]) == "-"
+
+
+@pytest.mark.parametrize("targets", ["embeddings", ["embeddings", "head"]])
+def test_layers_that_select_nothing_are_refused(targets: str | list[str]) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(UserError, match=r"layers=\[1\]: has no effect, as targets="):
+        anatomy(model, targets, [1])
+    assert anatomy(model, targets, "all").sites
+    assert anatomy(model, ["embeddings", "q_proj"], [1]).sites

@@ -19,7 +19,7 @@ from ftrun.models.options import Options
 from ftrun.models.select import anatomy
 from ftrun.models.skeleton import skeleton
 from ftrun.schema import build, field_types
-from tests.families import FAMILIES, save_tiny, tiny_model
+from tests.families import FAMILIES, edit_config, save_tiny, tiny_model
 
 CONF = Path(__file__).parents[2] / "conf"
 NAMED = sorted(p.stem for p in (CONF / "model").glob("*.yaml") if p.stem not in ("hub", "folder"))
@@ -170,3 +170,19 @@ def test_new_tokens_take_spare_rows_first(tmp_path: Path) -> None:
     assert planned("llama-7b", tmp_path, new_tokens=["<a>", "<b>"]).rows == 32002  # no tokenizer at hand
     with pytest.raises(UserError, match="'<s>' is in the vocabulary already"):
         open_base(Options(path=str(folder), new_tokens=["<s>"]), "m", tmp_path, print).tokenizer()
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({"hidden_act": "zip"}, "hidden_act=zip"),
+        ({"rope_parameters": {"rope_type": "zip", "rope_theta": 1e4}}, "rope_type=zip"),
+        ({"pad_token_id": 9999}, "[Pp]adding_idx"),
+        ({"num_attention_heads": 0}, "num_attention_heads"),
+    ],
+)
+def test_facts_that_transformers_cannot_do_with(facts: dict[str, Any], said: str, tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "m")
+    edit_config(folder, **facts)
+    with pytest.raises(UserError, match=rf"config\.json.*{said}"):
+        skeleton(open_base(Options(path=str(folder)), "m", tmp_path, print))

@@ -67,7 +67,7 @@ def _rows(path: Path, delimiter: str) -> Records:
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     header = _header(reader, path, delimiter)
     if header is None:
-        yield f"{path}:1", Bad("the file is empty, expected a header line with the columns' names")
+        yield f"{path}:1", Bad("the file is empty, expected a header line with the columns' names", hopeless=True)
         return
     while True:
         start = lines.number + 1

@@ -60,12 +60,12 @@ def records(options: Options) -> Records:
         except (pa.ArrowInvalid, OSError) as error:
             raise UserError(f"{file}: found no readable Arrow file ({error}), expected one") from error
     if row == 0:
-        yield f"{options.path}:row 1", Bad("the folder is empty, expected rows")
+        yield f"{options.path}:row 1", Bad("the folder is empty, expected rows", hopeless=True)
 
 
 def _files(options: Options) -> list[Path]:
     folder = Path(os.path.expanduser(options.path))
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise missing(options.path)
     splits = folder / "dataset_dict.json"
     if splits.is_file():

@@ -12,6 +12,7 @@ from ftrun.data.record import Records
 from ftrun.errors import UserError, unknown
 from ftrun.schema import option
 
+_CLIENTS = ("httpx", "httpx2", "httpcore", "requests", "aiohttp")  # what versions of the hub's client stand on
 # builders of `datasets` that read plain data; others decode media or run what they find
 _READERS = ("parquet", "json", "csv", "text", "arrow")
 
@@ -52,13 +53,14 @@ def records(options: Options) -> Records:
     try:
         for row, record in enumerate(rows, start=1):
             yield f"{options.path}:row {row}", dict(record)
-    except OSError as error:
+    except Exception as error:
+        if not _of_the_network(error):
+            raise
         raise _unreachable(options.path, error) from error
 
 
 @functools.cache
 def _commit(path: str, revision: str | None) -> str:
-    import httpx
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -71,7 +73,9 @@ def _commit(path: str, revision: str | None) -> str:
             f"data.path={path}: the hub has no such data set, or it is private (huggingface-cli login). "
             "A file on this machine is read by data=jsonl (json, csv, parquet, text, folder alike)"
         ) from error
-    except (OSError, httpx.HTTPError) as error:
+    except Exception as error:
+        if not _of_the_network(error):
+            raise
         raise _unreachable(path, error) from error
 
 
@@ -92,11 +96,17 @@ def _open(options: Options) -> Any:
         if isinstance(error, UserError):
             raise
         raise UserError(f"data.path={options.path}: {str(error).splitlines()[0]}") from error
-    except OSError as error:
+    except Exception as error:
+        if isinstance(error, UserError) or not _of_the_network(error):
+            raise
         raise _unreachable(options.path, error) from error
     if options.split not in splits:
         raise UserError(unknown(f"data.split: {options.path}: the split", options.split, splits))
     return splits[options.split]
+
+
+def _of_the_network(error: Exception) -> bool:
+    return isinstance(error, OSError) or any(c.__module__.split(".")[0] in _CLIENTS for c in type(error).__mro__)
 
 
 def _unreachable(path: str, error: Exception) -> UserError:

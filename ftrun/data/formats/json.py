@@ -18,7 +18,7 @@ from ftrun.errors import UserError
 
 SUFFIXES = (".json", ".json.gz")
 MAX_ROW = 64 << 20  # characters
-_SPACE = re.compile(r"[\s,]*")
+_SPACE, _BETWEEN = re.compile(r"\s*"), re.compile(r"[\s,]*")
 _BLOCK = 1 << 20
 
 
@@ -52,7 +52,7 @@ def _document(path: Path) -> Records:
             continue
         yield f"{path}:row {row}", _object(found)
     if row == 0:
-        yield f"{path}:row 1", Bad("the file holds no rows, expected a JSON list of objects")
+        yield f"{path}:row 1", Bad("the file holds no rows, expected a JSON list of objects", hopeless=True)
 
 
 def _object(found: Any) -> dict[str, Any] | Bad:
@@ -98,10 +98,10 @@ class _Reader:
         self.line, self.column = self.place(self.position)
         self.text, self.position = self.text[self.position :] + fresh, 0
 
-    def skip(self) -> str:
-        """Passes over spaces and commas; the next character, "" at the end."""
+    def skip(self, what: re.Pattern[str] = _SPACE) -> str:
+        """Passes over spaces, or spaces and commas; the next character, "" at the end."""
         while True:
-            match = _SPACE.match(self.text, self.position)
+            match = what.match(self.text, self.position)
             self.position = match.end() if match else self.position
             if self.position < len(self.text) or self.ended:
                 return self.text[self.position : self.position + 1]
@@ -117,6 +117,8 @@ class _Reader:
                 held = len(self.text) - self.position
                 if self.ended or held > MAX_ROW:
                     raise self.broken(error.pos, error.msg) from error
+            except ValueError as error:
+                raise self.broken(self.position, "a number of thousands of digits") from error
             except RecursionError as error:
                 raise self.broken(self.position, "nested too deeply") from error
             else:
@@ -142,11 +144,28 @@ def _values(path: Path) -> Iterator[Any]:
     try:
         reader = _Reader(path)
         with reader.stream:
-            listed = reader.skip() == "["
-            reader.position += listed
-            while (character := reader.skip()) and not (listed and character == "]"):
+            if reader.skip() == "[":
+                yield from _elements(reader)
+            while reader.skip(_BETWEEN):
                 yield reader.value()
-            if listed and not character:
-                raise reader.broken(reader.position, "the list is not closed")
     except (OSError, EOFError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
+
+
+def _elements(reader: _Reader) -> Iterator[Any]:
+    """The elements of the list that starts here, which is to be all of the file."""
+    reader.position += 1
+    character = reader.skip()
+    while character and character != "]":
+        yield reader.value()
+        character = reader.skip()
+        if character not in ("", ",", "]"):
+            raise reader.broken(reader.position, "a comma is missing between two elements")
+        if character == ",":
+            reader.position += 1
+            character = reader.skip()
+    if not character:
+        raise reader.broken(reader.position, "the list is not closed")
+    reader.position += 1
+    if reader.skip():
+        raise reader.broken(reader.position, "something follows the list")

@@ -46,7 +46,7 @@ def lines(path: Path) -> Records:
         seen = True
         yield f"{path}:{number}", line if isinstance(line, Bad) else parse(line, path)
     if not seen:
-        yield f"{path}:1", Bad("the file is empty, expected one JSON object a line")
+        yield f"{path}:1", Bad("the file is empty, expected one JSON object a line", hopeless=True)
 
 
 def parse(line: str, path: Path) -> dict[str, Any] | Bad:
@@ -55,6 +55,8 @@ def parse(line: str, path: Path) -> dict[str, Any] | Bad:
         found = json.loads(line)
     except json.JSONDecodeError as error:
         return Bad(f"broken JSON at column {error.colno} ({error.msg}), expected one JSON object a line{_hint(path)}")
+    except ValueError:
+        return Bad("found a number of thousands of digits, expected one JSON object a line")
     except RecursionError:
         return Bad("found JSON nested too deeply, expected one JSON object a line")
     if isinstance(found, dict):

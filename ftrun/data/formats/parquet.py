@@ -41,7 +41,7 @@ def _rows(path: Path) -> Records:
     try:
         with pq.ParquetFile(path) as file:
             if file.metadata.num_rows == 0:
-                yield f"{path}:row 1", Bad("the file is empty, expected rows")
+                yield f"{path}:row 1", Bad("the file is empty, expected rows", hopeless=True)
             row = 0
             for group in range(file.num_row_groups):
                 for batch in file.iter_batches(batch_size=1000, row_groups=[group]):

@@ -52,6 +52,6 @@ def _blocks(path: Path) -> Records:
         size += len(line)
     text = "".join(held)
     if not written and not text.strip():
-        yield f"{path}:1", Bad("the file is empty, expected text")
+        yield f"{path}:1", Bad("the file is empty, expected text", hopeless=True)
         return
     yield f"{path}:{start}", {"text": text, CONTINUES: False}

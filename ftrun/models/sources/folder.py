@@ -59,12 +59,26 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
     try:
         header = json.loads(text)
         tensors = {k: v for k, v in header.items() if k != "__metadata__"}
-        end = max((v["data_offsets"][1] for v in tensors.values()), default=0)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        end = _end(tensors)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path}: its header is damaged; fetch the file again") from None
     if 8 + length + end != size:
         raise UserError(f"{path}: {size} bytes, its header says {8 + length + end}: cut short or damaged")
     return tensors
+
+
+def _end(tensors: dict[str, dict[str, Any]]) -> int:
+    """Where the last tensor ends. Raises ValueError, KeyError or TypeError where an entry is none, or two overlap."""
+    end = 0
+    for entry in sorted(tensors.values(), key=lambda v: v["data_offsets"]):
+        begin, after = entry["data_offsets"]
+        numbers = [begin, after, *entry["shape"]]
+        if not isinstance(entry["dtype"], str) or any(type(n) is not int or n < 0 for n in numbers):
+            raise TypeError
+        if begin < end or after < begin:
+            raise ValueError
+        end = after
+    return end
 
 
 def _indexed(index: Path) -> tuple[Path, ...]:
@@ -72,6 +86,9 @@ def _indexed(index: Path) -> tuple[Path, ...]:
     where = _json(index).get("weight_map")
     if not isinstance(where, dict) or not where:
         raise UserError(f"{index}: no weight_map in it")
+    strange = next((s for s in where.values() if not isinstance(s, str) or Path(s).name != s), None)
+    if strange is not None:
+        raise UserError(f"{index}: found {strange!r}, expected the names of files beside it")
     held: dict[str, set[str]] = {}
     for shard in sorted(set(where.values())):
         path = index.parent / shard

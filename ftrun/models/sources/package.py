@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from ftrun.beside import beside
 from ftrun.errors import UserError
 from ftrun.models.sources.gguf import GGUF
 
@@ -76,7 +77,7 @@ def convert(requirement: str, arch: dict[str, Any], folder: Path, say: Callable[
         if not at_hand(requirement, folder):
             path = find(requirement)
             say(f"converting {path.name} to {folder}, once (some seconds)")
-            made = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+            made = Path(tempfile.mkdtemp(prefix=f"{beside(folder).name}-", dir=folder.parent))
             try:
                 _write(path, arch, made)
                 (made / "source.json").write_text(json.dumps(_stamp(requirement)))
