@@ -112,7 +112,7 @@ def steps_of(job: Job, corpus: Corpus) -> int:
     """The optimiser steps of the whole run."""
     if job.steps is not None:
         return job.steps
-    return batching.steps_in(job.epochs or 1.0, len(corpus.train), job.batch)
+    return max(1, batching.steps_in(job.epochs or 1.0, len(corpus.train), job.batch))
 
 
 def micro_rows(job: Job, corpus: Corpus, micro_batch: int, step: int) -> list[list[int]]:
