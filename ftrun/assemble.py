@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ftrun import early
 from ftrun.data import batches as batching
 from ftrun.data.load import Corpus, load
 from ftrun.data.prefetch import prefetch
@@ -56,14 +57,24 @@ def sketch(job: Job, cache: Path, say: Say, whole: bool = False) -> Sketch:
     Raises UserError where targets or layers match nothing, or the base cannot be had.
     """
     register_attention()
-    base = open_base(job.model.typed(), job.model.choice, cache, say)
+    base = open_base(job.model.typed(), base_name(job), cache, say)
     if whole:
         base.fetch()
     model = skeleton(base, attention=PACKED if job.kernels == "fast" else "sdpa")
     method = job.method.typed()
     selected = find_anatomy(model, getattr(method, "targets", None) or "all", getattr(method, "layers", "all"))
+    early.check_depth(job, selected.depth)
     quantiser = job.quant.load().Quantiser(job.quant.typed())
     return Sketch(base, model, selected, job.method.load().Tuner(method), quantiser)
+
+
+def base_name(job: Job) -> str:
+    """What the base is called: the choice, or the folder or hub id that the user gave in its place."""
+    path = job.model.options.path
+    if path is None:
+        return job.model.choice
+    folder = Path(path).expanduser()
+    return folder.resolve().name if folder.is_dir() else str(path)
 
 
 def rows(job: Job, parts: Sketch, cache: Path, say: Say) -> Corpus:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ftrun import assemble
+from ftrun.early import check_devices
 from ftrun.errors import RunFailed, UserError
 from ftrun.evals.answer import answer
 from ftrun.evals.held_out import evaluate
@@ -65,9 +66,7 @@ class Session:
         if not device.present:
             size = f"{device.total_bytes / 1e9:.0f} GB"
             raise UserError(f"device={self.job.device.choice}: {device.name} with {size} is not on this machine")
-        if self.job.devices > 1 or self.job.strategy != "auto":
-            found = f"devices={self.job.devices}, strategy={self.job.strategy}"
-            raise UserError(f"{found}: expected devices=1 and strategy=auto; this version trains on one device")
+        check_devices(self.job)
         return device
 
     def train(self, run: Run) -> dict[str, Any]:

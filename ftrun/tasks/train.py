@@ -24,6 +24,7 @@ _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, er
 def run(job: Job) -> int:
     """Train the job and leave its run folder; returns the exit code."""
     out = Path(job.out) if job.out else Path("runs") / (job.name or default_name(job))
+    _check_base(job)
     there = check_run(out, job.as_dict(), job.resume)
     if there is not None and finished(out, there, job):
         return 0
@@ -79,6 +80,16 @@ def finished(out: Path, there: Mapping[str, Any], job: Job, total: int | None = 
     elif not saved_steps(out / "checkpoints"):
         raise UserError(f"out={out}: finished after {done} steps, and its checkpoints are gone: name another out")
     return same
+
+
+def _check_base(job: Job) -> None:
+    """UserError where the base's folder lacks what training needs, before anything heavy is loaded."""
+    from ftrun.models.sources import folder as folders
+
+    path = job.model.options.path
+    if path is not None and Path(path).expanduser().is_dir():
+        folders.read_facts(Path(path).expanduser())
+        folders.weight_files(Path(path).expanduser())
 
 
 def _told(error: BaseException, session: Session, folder: Run) -> BaseException:
