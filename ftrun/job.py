@@ -71,7 +71,7 @@ class Job:
     epochs: float | None = option(None, "passes over the data; null together with steps: 1", gt=0)
     batch: int = option(16, "rows an optimiser step, over all devices and accumulation", ge=1)
     micro_batch: int | str = option(
-        "auto", "rows at once on a device, or auto", ge=1, pattern="auto", form="auto, or rows as 8"
+        "auto", "rows at once on a device, or auto", ge=1, pattern="auto", form="auto, or a number of rows at once as 8"
     )
     seq_len: int = option(512, "tokens a row at most; longer rows: data.overlong", ge=2)
     seed: int = option(0, "seed of every random choice", ge=0, le=2**32 - 1)

@@ -26,6 +26,7 @@ from ftrun.errors import UserError
 # keys that may differ between a run and its continuation: they change how long or how it is watched, not what it is
 _FREE = {"name", "out", "resume", "refuse", "debug", "log", "choices.log", "save_every", "steps", "epochs"}
 _LISTED = 8
+_LONGEST = 255  # bytes of a file's name
 # what a process that was killed while it wrote leaves beside its files
 _LEFT = re.compile(r"\.(.+)\.\d+\.(tmp|old)")
 
@@ -204,11 +205,15 @@ def check_run(path: Path, job: Mapping[str, Any], resume: str) -> dict[str, Any]
     Raises UserError where another job lies there (with the difference), where one does and resume=never, where
     another process is at work there, where the folder is something else, or cannot be read or written.
     """
+    for name in path.parts:
+        if (size := len(os.fsencode(name))) > _LONGEST:
+            raise UserError(f"out=…/{name[:60]}…: a name of {size} bytes, expected {_LONGEST} or less")
     with _readable(path):
         there = _check_run(path, job, resume)
         nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
         if not os.access(nearest, os.W_OK | os.X_OK):
-            raise UserError(f"out={path}: {nearest} cannot be written; name another out")
+            why = "cannot be written" if nearest.is_dir() else "is a file"
+            raise UserError(f"out={path}: {nearest} {why}; name another out")
     lock.check_free(path)
     return there
 

