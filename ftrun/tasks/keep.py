@@ -84,7 +84,7 @@ class Keeper:
             checkpoint.save(self.run.checkpoints, state, name)
         except (OSError, SafetensorError) as error:
             trouble = f"{self.run.checkpoints / (name or f'step-{progress.step}')}: {reason(error)}"
-            self.say(f"WARNING: NO CHECKPOINT of step {progress.step}: {trouble}. Training goes on without it")
+            self.say(f"WARNING: NO CHECKPOINT of step {progress.step}: {trouble}. The run goes on without it")
             return trouble
         return None
 

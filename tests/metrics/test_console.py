@@ -129,6 +129,21 @@ def test_the_job_is_shown_once_and_without_nulls() -> None:
     ]
 
 
+def test_a_log_that_cannot_be_written_ends_and_the_terminal_goes_on(tmp_path: Path) -> None:
+    out = io.StringIO()
+    console = Console(total=2, file=out)
+    console.start(JOB, tmp_path)
+    console._log = Path("/dev/full").open("w")  # noqa: SIM115
+    console.say("one")
+    console.say("two")
+    console.close(None)
+    assert out.getvalue().splitlines()[-3:] == [
+        "warning: log.txt: cannot be written: No space left on device; it ends here",
+        "one",
+        "two",
+    ]
+
+
 @pytest.mark.parametrize(
     ("options", "shown"),
     [
