@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ftrun import early
 from ftrun.beside import sweep
 from ftrun.data import batches as batching
 from ftrun.data.load import Corpus, load
@@ -58,15 +59,25 @@ def sketch(job: Job, cache: Path, say: Say, whole: bool = False) -> Sketch:
     """
     sweep(cache)
     register_attention()
-    base = open_base(job.model.typed(), job.model.choice, cache, say)
+    base = open_base(job.model.typed(), base_name(job), cache, say)
     if whole:
         base.fetch()
     model = skeleton(base, attention=PACKED if job.kernels == "fast" else "sdpa")
     check_length(model, job.seq_len, say)
     method = job.method.typed()
     selected = find_anatomy(model, getattr(method, "targets", None) or "all", getattr(method, "layers", "all"))
+    early.check_depth(job, selected.depth)
     quantiser = job.quant.load().Quantiser(job.quant.typed())
     return Sketch(base, model, selected, job.method.load().Tuner(method), quantiser)
+
+
+def base_name(job: Job) -> str:
+    """What the base is called: the choice, or the folder or hub id that the user gave in its place."""
+    path = job.model.options.path
+    if path is None:
+        return job.model.choice
+    folder = Path(path).expanduser()
+    return folder.resolve().name if folder.is_dir() else str(path)
 
 
 def rows(job: Job, parts: Sketch, cache: Path, say: Say) -> Corpus:
@@ -132,7 +143,7 @@ def steps_of(job: Job, corpus: Corpus) -> int:
     """The optimiser steps of the whole run."""
     if job.steps is not None:
         return job.steps
-    return batching.steps_in(job.epochs or 1.0, len(corpus.train), job.batch)
+    return max(1, batching.steps_in(job.epochs or 1.0, len(corpus.train), job.batch))
 
 
 def micro_rows(job: Job, corpus: Corpus, micro_batch: int, step: int) -> list[list[int]]:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
-import os
 import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-from ftrun.errors import Interrupted, RunFailed, UserError, unknown
+try:
+    import importlib
+    import os
+    from collections.abc import Sequence
+    from pathlib import Path
+    from typing import Any
+
+    from ftrun.errors import Interrupted, RunFailed, UserError, unknown
+    from ftrun.train.interrupt import terminable
+except KeyboardInterrupt:  # before `main` could answer it
+    print("ftrun: interrupted", file=sys.stderr)
+    sys.exit(130)
 
 # verb -> its task: a module with `run(job, **options) -> exit code`; its docstring is the verb's help, and a class
 # `Options`, where it has one, says what the verb takes besides the job's keys
@@ -21,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = any(word.lower() == "debug=true" for word in given)
     try:
-        return _dispatch(given)
+        with terminable():
+            return _dispatch(given)
     except (UserError, RunFailed, Interrupted) as error:
         if debug:
             raise
@@ -108,11 +115,18 @@ def verb_options(verb: str, overrides: Sequence[str]) -> tuple[dict[str, Any], l
     cls = declared(task_file(verb))
     if cls is None:
         return {}, list(overrides)
-    fields, values, rest = schema.fields_by_key(cls), {}, []
+    fields, hints = schema.fields_by_key(cls), schema.field_types(cls)
+    values: dict[str, Any] = {}
+    rest: list[str] = []
     for text in overrides:
         key, _, value = text.partition("=")
         if key in fields:
-            values[key] = plain(key, value) if is_text(key, value) else yaml.safe_load(value)
+            try:
+                values[key] = plain(key, value) if is_text(key, value) else yaml.safe_load(value)
+            except (yaml.YAMLError, ValueError, RecursionError) as error:
+                raise UserError(
+                    f"{text[:120]}: expected {schema.describe(hints[key], fields[key].metadata)}"
+                ) from error
         else:
             rest.append(text)
     made = schema.build(cls, values)

@@ -98,6 +98,8 @@ def _file(overrides: Sequence[Override], chosen: Mapping[str, str]) -> JobFile |
     text = next((o.value for o in overrides if o.key == "job"), None)
     if text is not None and chosen.get("recipe", "null") != "null":
         raise UserError(f"job={text} and recipe={chosen['recipe']}: a job starts from one of them")
+    if text == "":
+        raise UserError("job=: expected the path of a job.yaml, as job=runs/one/job.yaml")
     return None if text is None else read_job_file(Path(text))
 
 

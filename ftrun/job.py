@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ftrun import schema
+from ftrun import early, schema
 from ftrun.errors import UserError, unknown
 from ftrun.schema import option
 
@@ -70,23 +70,38 @@ class Job:
     steps: int | None = option(None, "optimiser steps; null: as many as epochs needs", ge=1)
     epochs: float | None = option(None, "passes over the data; null together with steps: 1", gt=0)
     batch: int = option(16, "rows an optimiser step, over all devices and accumulation", ge=1)
-    micro_batch: int | str = option("auto", "rows at once on a device, or auto", ge=1, pattern="auto")
+    micro_batch: int | str = option(
+        "auto", "rows at once on a device, or auto", ge=1, pattern="auto", form="auto, or a number of rows at once as 8"
+    )
     seq_len: int = option(512, "tokens a row at most; longer rows: data.overlong", ge=2)
     seed: int = option(0, "seed of every random choice", ge=0, le=2**32 - 1)
     checkpointing: int | str = option(
-        "auto", "recompute layers in backward: none, all, auto, or a number", ge=0, pattern="none|all|auto"
+        "auto",
+        "recompute layers in backward: none, all, auto, or a number",
+        ge=0,
+        pattern="none|all|auto",
+        form="none, all, auto, or a number of layers as 12",
     )
     loss_chunk: int = option(512, "tokens whose logits are held at once by the fast loss", ge=1)
     kernels: str = option("fast", "fast, or reference: the same maths, the plain way", choices=("fast", "reference"))
     devices: int = option(1, "devices that share the work", ge=1)
     strategy: str = option("auto", "how several devices share", choices=("auto", "ddp", "fsdp"))
     save_every: int | str | None = option(
-        "10min", "checkpoint each so many steps, or time as 10min", ge=1, pattern=r"\d+(\.\d+)?(s|min|h)"
+        "10min",
+        "checkpoint each so many steps, or time as 10min; null: at the end and when stopped",
+        ge=1,
+        pattern=r"\d+(\.\d+)?(s|min|h)",
+        form="steps as 50, time as 90s, 10min or 2h, or null: only at the end and when stopped",
     )
     name: str | None = option(
-        None, "the run's name; by default method, rank and the time", pattern=r"(?!\.{1,2}$)[^/\0]+"
+        None,
+        "the run's name; by default method, rank and the time",
+        pattern=r"(?!\.{1,2}$)[^/\0]+",
+        form="a folder's name without /, for runs/NAME (another place: out=DIR)",
     )
-    out: str | None = option(None, "the run's folder; by default runs/NAME", pattern=r"[^\0]+")
+    out: str | None = option(
+        None, "the run's folder; by default runs/NAME", pattern=r"[^\0]+", form="the path of a folder, as out=runs/one"
+    )
     resume: str = option(
         "auto", "auto: go on in the same folder; never; force: accept a changed job", choices=("auto", "never", "force")
     )
@@ -106,13 +121,17 @@ class Job:
     def check(self) -> None:
         """Ask each part what is wrong on this machine, before anything heavy is imported. Raises UserError.
 
-        A variant answers by a function `check(options)` of its file, or by a method `check()` of its options.
+        A variant answers by a function `check(options)` of its file, or by a method `check()` of its options; what it
+        makes of the other parts it says by a function `check_job(job)`.
         """
+        early.check(self)
         for group in ROOMS:
             part = getattr(self, group)
-            check = schema.read_check(find_variant(group, part.kind)[1])
-            if check is not None:
-                check(part.options)
+            file = find_variant(group, part.kind)[1]
+            for name, asked in (("check", part.options), ("check_job", self)):
+                check = schema.read_check(file, name)
+                if check is not None:
+                    check(asked)
             if hasattr(part.options, "check"):
                 part.options.check()
 

@@ -36,15 +36,17 @@ def option(
     lt: float | None = None,
     choices: tuple[Any, ...] | None = None,
     pattern: str | None = None,
+    form: str | None = None,
     alias: str | None = None,
 ) -> Any:
     """A dataclass field with its default, one line on meaning and unit, and its bounds.
 
     Bounds apply to numbers and to each element of a list or value of a mapping; None is admitted where the type says
-    so. alias: the key in the YAML where Python cannot use it as a name ("from").
+    so. form: what a user types, where the type does not say it. alias: the key in the YAML where Python cannot use it
+    as a name ("from").
     """
     bounds = {k: v for k, v in (("ge", ge), ("gt", gt), ("le", le), ("lt", lt)) if v is not None}
-    meta = {"doc": doc, "bounds": bounds, "choices": choices, "pattern": pattern, "alias": alias}
+    meta = {"doc": doc, "bounds": bounds, "choices": choices, "pattern": pattern, "form": form, "alias": alias}
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=meta)
     return dataclasses.field(default=default, metadata=meta)
@@ -78,7 +80,7 @@ def check(hint: Any, value: Any, meta: Mapping[str, Any], shown: str) -> Any:
     ok, made = _convert(hint, value)
     wanted = describe(hint, meta)
     if not ok:
-        raise UserError(f"{shown}={_show(value)}: expected {wanted}, found {_kind(value)}{_hint(value, meta)}")
+        raise UserError(f"{shown}={_show(value)}: expected {wanted}, found {_found(hint, value)}{_hint(value, meta)}")
     for item in _items(made):
         if item is not None and not _within(item, meta):
             raise UserError(f"{shown}={_show(value)}: expected {wanted}{_hint(item, meta)}")
@@ -87,6 +89,8 @@ def check(hint: Any, value: Any, meta: Mapping[str, Any], shown: str) -> Any:
 
 def describe(hint: Any, meta: Mapping[str, Any]) -> str:
     """What a field takes, in words: "an integer, 1 or more"."""
+    if meta.get("form"):
+        return str(meta["form"])
     words = _words(hint)
     if meta.get("choices"):
         words = "one of " + ", ".join("null" if c is None else str(c) for c in meta["choices"])
@@ -181,11 +185,25 @@ def _words(hint: Any) -> str:
     if origin in (types.UnionType, typing.Union):
         return " or ".join(_words(a) for a in args)
     if origin in (list, tuple):
-        return "a list [a,b]"
+        return "a list [a,b]" + _ELEMENTS.get(args[0], "")
     if origin is dict:
         return f"a mapping {{key: {_words(args[1])}}}" if args else "a mapping {key: value}"
     names = {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "null"}
     return names.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+_ELEMENTS = {str: " of text", int: " of integers", float: " of numbers"}
+
+
+def _found(hint: Any, value: Any) -> str:
+    """What a value of the wrong type is; of a list, its first element that is none of those wanted."""
+    members = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    of = next((typing.get_args(m)[0] for m in members if typing.get_origin(m) in (list, tuple)), None)
+    if of is None or not isinstance(value, list):
+        return _kind(value)
+    wrong = next((item for item in value if not _convert(of, item)[0]), None)
+    quoted = f"; as text it is ['{wrong}']" if of is str and isinstance(wrong, int | float) else ""
+    return f"a list with {_show(wrong)}, {_kind(wrong)}{quoted}"
 
 
 def _show(value: Any) -> str:
@@ -194,6 +212,8 @@ def _show(value: Any) -> str:
 
 
 def _kind(value: Any) -> str:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "what is no number" if math.isnan(value) else "infinity, or a number too large"
     names = {bool: "true/false", int: "an integer", float: "a number", str: "text", type(None): "null"}
     return names.get(type(value), "a list" if isinstance(value, list) else "a mapping")
 
@@ -209,13 +229,13 @@ def read_options(path: Path) -> type:
 
 
 @functools.cache
-def read_check(path: Path) -> Callable[[Any], None] | None:
-    """The function `check(options)` of a variant's file, read in the same way; None where it has none.
+def read_check(path: Path, name: str = "check") -> Callable[[Any], None] | None:
+    """The function `check(options)` of a variant's file, or another, read in the same way; None where it has none.
 
     It says what is wrong on this machine (no such file, no such package) before anything heavy is imported.
     """
     try:
-        return _read(path, "check")
+        return _read(path, name)
     except KeyError:
         return None
 

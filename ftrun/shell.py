@@ -94,7 +94,14 @@ def plain(key: str, value: str) -> Any:
         return [plain(key, piece.strip()) for piece in _pieces(value[1:-1])]
     text = value if inner is None else inner
     is_place = key.rpartition(".")[2] in _HOME or _PATH.fullmatch(key)
-    return re.sub(r"^~(?=/|$)", str(Path.home()), text) if is_place else text
+    return _at_home(text) if is_place and re.match(r"~(/|$)", text) else text
+
+
+def _at_home(text: str) -> str:
+    try:
+        return str(Path.home()) + text[1:]
+    except RuntimeError as error:
+        raise UserError(f"{_short(text)}: this user has no home folder; set HOME, or write the path out") from error
 
 
 def parse(arguments: Iterable[str], multirun: bool) -> list[Override]:

@@ -54,6 +54,15 @@ def mistake(*arguments: str, cwd: Path | None = None) -> str:
         (["--cfg", "job", "--package", "methd"], "Did you mean 'method'"),
         (["data", "rows=x"], "rows=x: expected an integer"),
         (["data", "format=jsn"], "Did you mean 'json'"),
+        (["data", "rows=["], "rows=[: expected an integer"),
+        (["data", "rows=*x"], "rows=*x: expected an integer"),
+        (["name=" + "x" * 300], "300 bytes, expected 255 or less"),
+        (["devices=2"], "one device"),
+        (["strategy=ddp"], "one device"),
+        (["method=full", "quant=nf4"], "quantised weights cannot be trained"),
+        (["layers=40-50"], "the model has 30 layers"),
+        (["checkpointing=40"], "the model has 30 layers"),
+        (["job="], "expected the path of a job.yaml"),
         (["-sc", "install=bsh"], "Did you mean 'bash'"),
         (["-m", "rank=4,-8"], "rank=-8"),
         (["data=jsonl", "data.path=READMEE.md"], "Did you mean 'README.md'"),
@@ -68,6 +77,43 @@ def test_a_mistake_leaves_nothing_behind(tmp_path: Path) -> None:
     mistake("data=jsonl", "data.path=missing.jsonl", "out=here", cwd=tmp_path)
     mistake("-m", "rank=4,abc", cwd=tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_base_without_weights_is_told_before_anything_is_shown(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 2}')
+    assert "no weights" in mistake(f"model.path={tmp_path}")
+    assert "the model has 2 layers" in mistake(f"model.path={tmp_path}", "layers=2")
+    (tmp_path / "pytorch_model.bin").touch()
+    assert "pickle" in mistake(f"model.path={tmp_path}")
+    (tmp_path / "rows.jsonl").touch()
+    assert "the file is empty" in mistake("data=jsonl", f"data.path={tmp_path}/rows.jsonl")
+
+
+def test_a_signal_while_the_program_starts_is_an_interruption(tmp_path: Path) -> None:
+    """The imports before main's own answer: an import that is interrupted."""
+    (tmp_path / "difflib.py").write_text("raise KeyboardInterrupt")
+    done = ftrun("rank=4", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    assert (done.returncode, done.stderr) == (130, "ftrun: interrupted\n")
+
+
+def test_a_user_without_a_home(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import pathlib\ndef home(): raise RuntimeError\n" + HOMELESS)
+    env = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "FTRUN_CACHE": ""}
+    for typed, said in ((["data.path=~/x", "data=jsonl"], "set HOME"), (["rank=4"], "set FTRUN_CACHE=DIR")):
+        done = ftrun(*typed, cwd=tmp_path, **env)
+        assert done.returncode == 2, done
+        assert said in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+HOMELESS = """
+def expanduser(self):
+    if str(self).startswith("~"):
+        raise RuntimeError
+    return self
+pathlib.Path.home = classmethod(lambda cls: home())
+pathlib.Path.expanduser = expanduser
+"""
 
 
 def test_arguments_that_are_no_text() -> None:

@@ -20,11 +20,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
     **dict.fromkeys(("cli", "help", "completion", "hydra_flags", "__main__"), 4),
     "tasks": 3,
-    **dict.fromkeys(("assemble", "plan", "settle"), 2),
-    "train": 2,
+    **dict.fromkeys(("assemble", "train", "twin", "plan", "settle", "advice", "cards", "speed", "fit"), 2),
     **dict.fromkeys(("models", "methods", "memory", "data", "optim", "metrics", "evals", "report"), 1),
     **dict.fromkeys(("errors", "schema", "values", "selection", "job", "shell", "groups", "replay", "compose"), 0),
-    **dict.fromkeys(("runs", "beside", "kernels", "__init__"), 0),
+    **dict.fromkeys(("runs", "lock", "early", "beside", "kernels", "__init__"), 0),
 }
 LINES, BODY = 400, 60
 

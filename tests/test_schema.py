@@ -24,6 +24,8 @@ class Sample:
     every: int | str = option("auto", "steps, or auto", ge=1, pattern="auto")
     on: bool = option(False, "whether")
     from_: str | None = option(None, "where from", alias="from")
+    many: int | str = option(5, "how often", pattern=r"\d+min", form="steps as 50, or time as 10min")
+    tokens: list[str] = option([], "tokens")
     anything: dict[str, Any] = option({}, "facts")
 
 
@@ -65,6 +67,10 @@ def test_values_become_their_types(values: dict[str, Any], key: str, made: Any) 
         ({"pattern": {"a": "b"}}, "a mapping {key: an integer}"),
         ({"mode": "fsat"}, "one of fast, reference. Did you mean 'fast'?"),
         ({"every": "sometimes"}, "steps, or auto"),
+        ({"many": "few"}, "g.many=few: expected steps as 50, or time as 10min"),
+        ({"tokens": [1, "a"]}, "expected a list [a,b] of text, found a list with 1, an integer; as text it is ['1']"),
+        ({"lr": float("nan")}, "found what is no number"),
+        ({"lr": float("inf")}, "found infinity, or a number too large"),
         ({"on": 1}, "expected true or false, found an integer"),
         ({"rnak": 1}, "Did you mean 'rank'"),
         ({"from_": "x"}, "is unknown"),

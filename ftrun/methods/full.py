@@ -29,6 +29,18 @@ class Options:
         parse_layers(self.layers)
 
 
+def check_job(job: Any) -> None:
+    """UserError where the weights that are to train are stored in a form that cannot."""
+    targets = job.method.options.targets
+    named = {targets} if isinstance(targets, str) else set(targets or ("all",))
+    whole = named & {"all", "attention", "mlp", "qv", "experts"}
+    if whole and job.quant.kind != "none" and not getattr(job.quant.options, "skip", None):
+        raise UserError(
+            f"method=full with quant={job.quant.choice}: quantised weights cannot be trained themselves; use "
+            "quant=none, or method=qlora over the quantised base"
+        )
+
+
 class Tuner(base.Tuner[Options]):
     """Trains the selected parameters in place, as masters of `dtype`; where that is not the compute dtype, the loop
     runs the model under autocast. Merging is nothing: the model is the result.

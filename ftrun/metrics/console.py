@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import textwrap
@@ -41,6 +42,7 @@ class Console:
         self._live_line = self._terminal.is_terminal and not self._terminal.is_dumb_terminal and utf8
         self._live: Live | None = None
         self._log: TextIO | None = None
+        self._ended = False  # whether there was a log.txt, and is no more
         self._early: list[str] = []  # said before there was a log.txt
         self._losses: list[float] = []
         self._seconds: list[float] = []
@@ -92,9 +94,13 @@ class Console:
             self._live = None
         if result is not None:
             self._summary(result)
+        self._end_log()
+
+    def _end_log(self) -> None:
         if self._log is not None:
-            self._log.close()
-            self._log = None
+            with contextlib.suppress(OSError):  # a full disk: what it did not take is lost
+                self._log.close()
+        self._log, self._ended = None, True
 
     def _summary(self, result: dict[str, Any]) -> None:
         curve = wording.curve(self._losses, self._width())
@@ -148,10 +154,15 @@ class Console:
 
     def _record(self, line: str) -> None:
         if self._log is None:
-            self._early.append(line)
+            if not self._ended:
+                self._early.append(line)
             return
-        self._log.write(line + "\n")
-        self._log.flush()
+        try:
+            self._log.write(line + "\n")
+            self._log.flush()
+        except OSError as error:
+            self._end_log()
+            self._write(f"warning: log.txt: cannot be written: {error.strerror}; it ends here")
 
     def _write(self, line: str, styled: Text | None = None) -> None:
         if self._live_line:

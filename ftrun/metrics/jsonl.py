@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 import os
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+from ftrun.runs import finite
 from ftrun.values import EvalRecord, StepRecord
 
 
@@ -16,17 +18,21 @@ class JsonLines:
     """The sink of both files.
 
     after: the step of the checkpoint that the run goes on from: later lines are dropped, since their steps come
-    again. None: the run begins, and the files are begun anew.
+    again. None: the run begins, and the files are begun anew. ended: all steps were done before, so that the last
+    evaluation comes again as well. say: hears of damaged lines, which are left out.
     """
 
-    def __init__(self, after: int | None = None) -> None:
-        self.after = after
+    def __init__(
+        self, after: int | None = None, ended: bool = False, say: Callable[[str], None] = lambda text: None
+    ) -> None:
+        self.after, self.ended, self.say_damage = after, ended, say
         self._metrics: TextIO | None = None
         self._evals: TextIO | None = None
 
     def start(self, job: dict[str, Any], run: Path) -> None:
-        self._metrics = _open(run / "metrics.jsonl", self.after)
-        self._evals = _open(run / "evals.jsonl", self.after)
+        self._metrics = _open(run / "metrics.jsonl", self.after, self.say_damage)
+        last = None if self.after is None else self.after - self.ended
+        self._evals = _open(run / "evals.jsonl", last, self.say_damage)
 
     def step(self, record: StepRecord) -> None:
         _write(self._metrics, asdict(record))
@@ -42,21 +48,37 @@ class JsonLines:
     def close(self, result: dict[str, Any] | None) -> None:
         for file in (self._metrics, self._evals):
             if file is not None:
-                file.close()
+                with suppress(OSError):  # a full disk was told of when the record came
+                    file.close()
         self._metrics = self._evals = None
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file of records; a last line that a killed process left torn is left out."""
+def read(path: Path, say: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
+    """The records of a file; a last line that a killed process left torn is left out, and so are damaged ones."""
     if not path.exists():
         return []
-    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-    return [json.loads(line) for line in whole.splitlines() if line.strip()]
+    whole, _, _ = path.read_text(encoding="utf-8", errors="replace").rpartition("\n")
+    rows = []
+    for number, line in enumerate(whole.split("\n") if whole else (), start=1):
+        row = _row(line)
+        if row is not None:
+            rows.append(row)
+        elif line.strip():
+            say(f"warning: {path}: line {number} is damaged and left out")
+    return rows
 
 
-def _open(path: Path, after: int | None) -> TextIO:
+def _row(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def _open(path: Path, after: int | None, say: Callable[[str], None]) -> TextIO:
     """The file, open for appending, cut after the last record of step `after`."""
-    kept = [] if after is None else [row for row in read(path) if row["step"] <= after]
+    kept = [] if after is None else [row for row in read(path, say) if row["step"] <= after]
     fresh = path.with_suffix(".jsonl.new")
     fresh.write_text("".join(f"{_line(row)}\n" for row in kept), encoding="utf-8")
     os.replace(fresh, path)
@@ -65,18 +87,12 @@ def _open(path: Path, after: int | None) -> TextIO:
 
 def _write(file: TextIO | None, row: dict[str, Any]) -> None:
     assert file is not None, "a record came before the sink was started"
-    file.write(_line(row) + "\n")
-    file.flush()
+    try:
+        file.write(_line(row) + "\n")
+        file.flush()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, file.name) from error
 
 
 def _line(row: dict[str, Any]) -> str:
-    return json.dumps(_finite(row), ensure_ascii=False, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    """The value with null for what JSON has no number for: infinity and NaN."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(finite(row), ensure_ascii=False, allow_nan=False)

@@ -26,8 +26,23 @@ def job_rows(job: Mapping[str, Any]) -> list[tuple[str, str]]:
     for group in choices or groups:
         options = dict(groups.get(group, {}))
         kind = options.pop("kind", "")
-        rows.append((group, "  ".join(filter(None, [str(choices.get(group, kind)), _pairs(options)]))))
+        choice = str(choices.get(group, kind))
+        if group == "model":
+            choice, options = _base(choice, options)
+        rows.append((group, "  ".join(filter(None, [choice, _pairs(options)]))))
     return [*rows, ("run", _pairs(root))]
+
+
+def _base(choice: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A base that the user named by its path is called by it; else only the place that it comes from is shown."""
+    path, source = options.get("path"), options.get("source")
+    places = {"hub", "package", "revision"}
+    unused = (
+        places | {"path", "source", "license"} if path else places - {source, "revision" if source == "hub" else ""}
+    )
+    if path and not str(path).startswith((".", "/", "~")):
+        unused.discard("revision")
+    return str(path or choice), {k: v for k, v in options.items() if k not in unused}
 
 
 def _pairs(values: Mapping[str, Any]) -> str:

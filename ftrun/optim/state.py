@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 _PAGED = ("state1", "state2")
+_META = {"groups": list, "shapes": list, "state": dict}
 
 
 def flatten(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -46,6 +47,7 @@ def restore(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor
     parameters = list(_parameters(optimizer))
     groups = [len(g["params"]) for g in optimizer.param_groups]
     shapes = [list(p.shape) for p in parameters]
+    check(tensors, meta)
     if groups != meta["groups"] or shapes != meta["shapes"]:
         raise ValueError(
             f"the saved optimiser state is of {len(meta['shapes'])} tensors in groups of {meta['groups']}, "
@@ -61,6 +63,18 @@ def restore(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor
                 tensor = tensors[saved["tensor"]]
                 place = (saved["tensor"], parameter.device)
                 optimizer.state[parameter][key] = shared.setdefault(place, _placed(optimizer, parameter, key, tensor))
+
+
+def check(tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
+    """Raises ValueError where these are not, all of them, what `flatten` gave."""
+    if not all(isinstance(meta.get(key), kind) for key, kind in _META.items()):
+        raise ValueError(f"the optimiser's state has not all of {', '.join(_META)}")
+    for index, entry in meta["state"].items():
+        if not index.isdigit() or int(index) >= len(meta["shapes"]) or not isinstance(entry, dict):
+            raise ValueError(f"the optimiser's state holds an entry {index!r}")
+        for key, saved in entry.items():
+            if not isinstance(saved, dict) or ("tensor" in saved and saved["tensor"] not in tensors):
+                raise ValueError(f"the optimiser's tensor {index}.{key} is missing")
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:

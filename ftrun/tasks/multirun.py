@@ -17,6 +17,7 @@ from ftrun.compose import compose, sweep
 from ftrun.errors import UserError
 from ftrun.job import GROUPS
 from ftrun.shell import plain, quote
+from ftrun.train.interrupt import Terminated
 
 _INTERRUPTED = 130
 
@@ -49,6 +50,8 @@ def _run(command: Sequence[str]) -> int:
         try:
             code = process.wait()
             return code if code >= 0 else 128 - code
+        except Terminated:
+            process.terminate()  # it came to this process alone
         except KeyboardInterrupt:
             # the child has had it from the terminal too, and saves its checkpoint; a second one ends it
             continue

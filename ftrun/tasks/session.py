@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -15,22 +16,21 @@ import torch
 
 from ftrun import assemble
 from ftrun.advice import Advisor, advise
-from ftrun.errors import DoesNotFit, UserError
+from ftrun.early import check_devices
+from ftrun.errors import DoesNotFit, RunFailed, UserError
 from ftrun.evals.answer import answer
 from ftrun.evals.held_out import evaluate
 from ftrun.job import Job
 from ftrun.memory.device import Device, resolve
 from ftrun.memory.events import Allocations, allocations, resident_bytes
 from ftrun.memory.measure import Meter
-from ftrun.methods.files import save_adapter
 from ftrun.metrics import jsonl
 from ftrun.metrics.console import Console
 from ftrun.metrics.sink import Sink
 from ftrun.models.forward import attention
-from ftrun.optim import state as optimiser_state
-from ftrun.runs import Run, aside, read_json, write_json
+from ftrun.runs import Run, read_json, write_json
 from ftrun.settle import refusal, settle, supply_of
-from ftrun.train import checkpoint
+from ftrun.tasks.keep import Keeper
 from ftrun.train.interrupt import stop_requests
 from ftrun.train.loop import Progress, train
 from ftrun.twin import Twin
@@ -75,42 +75,49 @@ class Session:
         if not device.present:
             size = f"{device.total_bytes / 1e9:.0f} GB"
             raise UserError(f"device={self.job.device.choice}: {device.name} with {size} is not on this machine")
-        if self.job.devices > 1 or self.job.strategy != "auto":
-            found = f"devices={self.job.devices}, strategy={self.job.strategy}"
-            raise UserError(f"{found}: expected devices=1 and strategy=auto; this version trains on one device")
+        check_devices(self.job)
         return device
 
     def train(self, run: Run) -> dict[str, Any]:
         """Weights, evaluation, the loop, evaluation, the adapter; returns what result.json holds."""
         torch_device = assemble.torch_device(self.device)
-        self._start(run)
+        self.keeper = Keeper(run, self.parts, self.corpus, self.console.say)
+        found = self.keeper.found(self.job.resume)
+        self._start(run, found.progress.step if found else None)
         torch.manual_seed(self.job.seed)
         assemble.furnish(self.job, self.parts, torch_device, self.cache, self.console.say, self.settled.recomputed)
         self.work = assemble.work(self.job, self.parts, torch_device, self.total)
-        self._resume(run)
-        self._equip(run)
+        if found is not None:
+            self.progress = found.progress
+            self.keeper.restore(found, self.work.optimiser)
+            self.console.say(f"resumed after step {self.progress.step}")
+        run.record(self.job.as_dict(), [f"{what} sha256 {digest}" for what, digest in self.keeper.belongs.items()])
+        self.began = found is not None
+        del found
+        self._equip()
         self._evaluate_ends("before", run)
         with stop_requests(self.console.say) as self.work.stop:
             for record in train(self.work, self.progress):
                 self.began = True
                 self._record(record)
         self._evaluate_ends("after", run)
-        self._save(run)
+        self.keeper.hand_over(self.provenance())
         return {**self.summary(), "status": "finished"}
 
     def close(self, run: Run, outcome: dict[str, Any] | None) -> None:
         """result.json, then the sinks, whatever happened."""
-        if outcome is not None:
-            write_json(run.path / "result.json", outcome)
-        for sink in self.sinks:
-            sink.close(outcome)
+        try:
+            if outcome is not None:
+                write_json(run.path / "result.json", outcome)
+        finally:
+            for sink in self.sinks:
+                sink.close(outcome)
 
     # --- the parts ---
 
-    def _start(self, run: Run) -> None:
+    def _start(self, run: Run, after: int | None) -> None:
         write_json(run.path / "plan.json", self.settled.plan.as_dict())
-        steps = checkpoint.steps(run.checkpoints)
-        self.sinks.append(jsonl.JsonLines(after=steps[-1] if steps else None))
+        self.sinks.append(jsonl.JsonLines(after, after is not None and after >= self.total, self.console.say))
         if self.tracker is not None:
             self.sinks.append(self.tracker)
         self.console.total = self.total
@@ -123,25 +130,15 @@ class Session:
             f"{self.job.batch} rows, {self.settled.micro_batch} at once, {self.settled.recomputed} layers recomputed"
         )
 
-    def _resume(self, run: Run) -> None:
-        found = checkpoint.latest(run.checkpoints)
-        if found is None:
-            return
-        self.progress = found.progress
-        self._load_trained(found.trained)
-        try:
-            optimiser_state.restore(self.work.optimiser, found.optimiser, found.optimiser_meta)
-        except ValueError as error:
-            raise UserError(f"{run.checkpoints}: {error}") from error
-        checkpoint.restore_random(found.random)
-        self.console.say(f"resumed after step {self.progress.step}")
-
-    def _equip(self, run: Run) -> None:
+    def _equip(self) -> None:
         """What the loop needs of this run: batches, memory, evaluations, checkpoints."""
         work, job, options = self.work, self.job, self.options
         meter = Meter(self.device.type)
         work.memory, work.reset_peak = meter.current, meter.reset_peak
-        self.measured["measures"] = meter.measures
+        self.measured["measures"] = {
+            "measured_peak_bytes": "bytes that torch's allocator held at most in the planned step, by its own events",
+            "process_peak_bytes": meter.measures,
+        }
 
         def make(step: int) -> list[Batch]:
             return assemble.step_batches(job, self.corpus, self.settled.micro_batch, self.pad_id, step)
@@ -149,16 +146,15 @@ class Session:
         work.batches = lambda start: assemble.prefetched(make, start, self.total)
         work.watch = self._watch
         work.save_steps, work.save_seconds = job.save_interval()
-        if work.save_steps or work.save_seconds:
-            work.save = lambda progress: self._checkpoint(run, progress)
+        work.save = lambda progress: self.keeper.save(work.optimiser, progress)
         if options.evaluates and len(self.corpus.held_out):
             held_out = assemble.evaluation_batches(
                 job, self.corpus, options.rows, self.settled.micro_batch, self.pad_id
             )
-            work.evaluate = lambda step: evaluate(work.model, self._loss, held_out, step)
+            work.evaluate = lambda step: _sound(evaluate(work.model, self._loss, held_out, step))
             work.evaluate_every, work.patience = options.every, options.patience
             if options.keep_best:
-                work.save_best = lambda progress: self._checkpoint(run, progress, "best")
+                work.save_best = lambda progress: self.keeper.save(work.optimiser, progress, "best")
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         with self.work.autocast():
@@ -198,8 +194,8 @@ class Session:
             return
         record = self.work.evaluate(self.progress.step)
         best = self.progress.best_loss
-        if when == "after" and self.work.save_best and best is not None and best < record.loss:
-            self._load_trained(checkpoint.load(run.checkpoints / "best").trained)
+        better = when == "after" and self.work.save_best and best is not None and best < record.loss
+        if better and self.keeper.load_best():
             self.console.say(f"the best weights are those of step {self.progress.best_step}: they are handed over")
             record = self.work.evaluate(self.progress.step)
         said = self._answer()
@@ -233,7 +229,7 @@ class Session:
             return None
         rows = [[*map(int, held_out.ids(i)), -1, *map(int, held_out.learn(i))] for i in range(len(held_out))]
         facts = [self.parts.base.hash(), self.parts.quantiser.scheme(), self.job.model.options.dtype, self.job.kernels]
-        facts += [asdict(self.options), self.device.type, torch.__version__, rows]
+        facts += [self.job.model.options.new_tokens, asdict(self.options), self.device.type, torch.__version__, rows]
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
         return self.cache / "evals" / f"{digest[:32]}.json"
 
@@ -254,29 +250,6 @@ class Session:
                 sink.step(record)
             else:
                 sink.evaluation(record)
-
-    def _checkpoint(self, run: Run, progress: Progress, name: str | None = None) -> None:
-        tensors, meta = optimiser_state.flatten(self.work.optimiser)
-        trained = self.parts.tuner.state(self.parts.model)
-        state = checkpoint.Checkpoint(progress, trained, tensors, meta, checkpoint.random_state())
-        checkpoint.save(run.checkpoints, state, name)
-
-    def _load_trained(self, tensors: dict[str, torch.Tensor]) -> None:
-        self.parts.tuner.load_state(self.parts.model, tensors)
-
-    def _save(self, run: Run) -> None:
-        """adapter/ with its provenance, or model/ where the base itself was trained."""
-        parts = self.parts
-        config = parts.tuner.adapter_config(parts.anatomy, parts.base.reference)
-        if config:
-            save_adapter(run.path / "adapter", config, parts.tuner.state(parts.model))
-            write_json(run.path / "adapter" / "provenance.json", self.provenance())
-            return
-        with aside(run.path / "model") as beside:
-            parts.model.save_pretrained(beside)
-            assemble.saved_config(parts).save_pretrained(beside)
-            parts.base.tokenizer().save_pretrained(beside)
-        write_json(run.path / "model" / "provenance.json", self.provenance())
 
     def provenance(self) -> dict[str, Any]:
         """What an adapter belongs to: the base's hash, how it was stored, and the versions at work."""
@@ -315,6 +288,14 @@ class Session:
         if not hasattr(self, "work"):
             return 0
         return sum(t.numel() * t.element_size() for t in self.parts.tuner.state(self.parts.model).values())
+
+
+def _sound(record: EvalRecord) -> EvalRecord:
+    """Raises RunFailed on a held-out loss that is no number."""
+    if math.isfinite(record.loss):
+        return record
+    cause = "a lower lr may help" if record.step else "the base's own weights give no number: are they damaged?"
+    raise RunFailed(f"held-out at step {record.step}: loss {record.loss}: not finite; {cause}")
 
 
 def prompt_ids(prompt: str | None, tokenizer: Any, held_out: Any) -> list[int]:

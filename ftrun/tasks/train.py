@@ -2,40 +2,51 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from ftrun.errors import Interrupted, RunFailed
+from ftrun.errors import Interrupted, RunFailed, UserError
 from ftrun.job import Job
 from ftrun.metrics.console import Console
-from ftrun.runs import cache_dir, check_run, open_run, read_json
+from ftrun.runs import Run, cache_dir, check_run, differences, open_run, read_json, saved_steps, steps_done
+
+if TYPE_CHECKING:
+    from ftrun.tasks.session import Session
+
+# what a disk or its owner refuses; other errors of the system are not the run folder's
+_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE)
 
 
 def run(job: Job) -> int:
     """Train the job and leave its run folder; returns the exit code."""
     out = Path(job.out) if job.out else Path("runs") / (job.name or default_name(job))
-    check_run(out, job.as_dict(), job.resume)
-    if finished(out, job):
+    _check_base(job)
+    there = check_run(out, job.as_dict(), job.resume)
+    if there is not None and finished(out, there, job):
         return 0
-    console = Console()
+    cache, console = cache_dir(), Console()
     console.show(job.as_dict())
     from ftrun.tasks.session import Session
 
-    session = Session(job, cache_dir(), console)
+    session = Session(job, cache, console)
     session.prepare(out)
+    if there is not None and finished(out, there, job, session.total):
+        return 0
     folder = open_run(out, job.as_dict(), job.resume)
     try:
-        outcome = session.train(folder)
-    except (Interrupted, RunFailed) as error:
-        status = "interrupted" if isinstance(error, Interrupted) else "failed"
-        session.close(folder, {**session.summary(), "status": status})
-        raise
-    except BaseException:
-        session.close(folder, None)
-        if not session.began:
-            folder.discard()
-        raise
-    session.close(folder, outcome)
+        session.close(folder, session.train(folder))
+    except BaseException as error:
+        told = _told(error, session, folder)
+        _leave(session, folder, told)
+        if told is error:
+            raise
+        raise told from error
+    finally:
+        folder.release()
     return 0
 
 
@@ -46,10 +57,63 @@ def default_name(job: Job) -> str:
     return "-".join(p for p in parts if p)
 
 
-def finished(out: Path, job: Job) -> bool:
-    """Whether the job in `out` is done; says so."""
-    result = read_json(out / "result.json") if out.is_dir() else None
-    if not result or result.get("status") != "finished":
+def finished(out: Path, there: Mapping[str, Any], job: Job, total: int | None = None) -> bool:
+    """Whether the job in `out` is done; says so. total: the steps that are asked for, once that is known.
+
+    Raises UserError where more steps are done than are asked for, and where a finished run has nothing to go on from.
+    """
+    total, done = total or job.steps, steps_done(out)
+    if total is not None and total < done:
+        raise UserError(
+            f"out={out}: {done} steps are done there, and this job has {total}: what is learnt cannot be taken back. "
+            f"Name another out, or steps={done} or more"
+        )
+    result = read_json(out / "result.json") or {}
+    if result.get("status") != "finished":
         return False
-    print(f"{out}: finished, {result.get('steps')} steps; loss {result.get('loss_last')}. Nothing to do")
-    return True
+    asked = ("steps", "epochs")
+    same = not differences(there, job.as_dict()) and (
+        total == done or all(there.get(key) == getattr(job, key) for key in asked)
+    )
+    if same:
+        print(f"{out}: finished, {result.get('steps')} steps; loss {result.get('loss_last')}. Nothing to do")
+    elif not saved_steps(out / "checkpoints"):
+        raise UserError(f"out={out}: finished after {done} steps, and its checkpoints are gone: name another out")
+    return same
+
+
+def _check_base(job: Job) -> None:
+    """UserError where the base's folder lacks what training needs, before anything heavy is loaded."""
+    from ftrun.models.sources import folder as folders
+
+    path = job.model.options.path
+    if path is not None and Path(path).expanduser().is_dir():
+        folders.read_facts(Path(path).expanduser())
+        folders.weight_files(Path(path).expanduser())
+
+
+def _told(error: BaseException, session: Session, folder: Run) -> BaseException:
+    """The error in the terms of a run: an interruption, a folder that cannot be written, or itself."""
+    done, saved = session.progress.step, saved_steps(folder.checkpoints)
+    if isinstance(error, KeyboardInterrupt):
+        if not session.began:
+            return Interrupted("interrupted before the first step")
+        if not saved:
+            return Interrupted(f"interrupted after step {done}; no checkpoint is there, the same command begins anew")
+        last = "only evaluates and hands over" if saved[-1] >= session.total else f"goes on from step {saved[-1]}"
+        return Interrupted(f"interrupted after step {done}; the same command {last}")
+    if isinstance(error, OSError) and not isinstance(error, BrokenPipeError) and error.errno in _REFUSALS:
+        message = f"{error.filename or folder.path}: cannot be written: {error.strerror}"
+        return RunFailed(message) if session.began else UserError(message)
+    return error
+
+
+def _leave(session: Session, folder: Run, error: BaseException) -> None:
+    """A result.json of what was done; nothing of a run that never began."""
+    outcome = None
+    if session.began or isinstance(error, RunFailed):
+        outcome = {**session.summary(), "status": "interrupted" if isinstance(error, Interrupted) else "failed"}
+    with contextlib.suppress(OSError):  # a full disk has been told of
+        session.close(folder, outcome)
+    if outcome is None:
+        folder.discard()

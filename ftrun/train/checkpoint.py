@@ -6,10 +6,11 @@ checkpoints/step-N/ is written aside, flushed and renamed: it is there complete,
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,58 +19,104 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ftrun.errors import UserError
-from ftrun.runs import aside
+from ftrun.optim.state import check as check_optimiser
+from ftrun.runs import aside, saved_steps
 from ftrun.train.loop import Progress
 
 KEPT = 2
+_PARTS = ("trained", "optimiser", "random")
 
 
 @dataclasses.dataclass
 class Checkpoint:
-    """What a run needs to go on as if nothing had happened."""
+    """What a run needs to go on as if nothing had happened. belongs: the base and the rows that it was made from."""
 
     progress: Progress
     trained: dict[str, torch.Tensor]
     optimiser: dict[str, torch.Tensor]
     optimiser_meta: dict[str, Any]
     random: dict[str, torch.Tensor]
+    belongs: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def save(folder: Path, checkpoint: Checkpoint, name: str | None = None) -> Path:
-    """Write step-N/ (or `name`/) under `folder` and drop all but the newest KEPT steps; returns its path."""
-    target = folder / (name or f"step-{checkpoint.progress.step}")
-    shutil.rmtree(target, ignore_errors=True)
+    """Write step-N/ (or `name`/) under `folder` and drop all but the newest KEPT steps; returns its path.
+
+    Raises OSError or SafetensorError where it cannot be written; what was there is then as it was.
+    """
+    here = checkpoint.progress.step
+    target = folder / (name or f"step-{here}")
     with aside(target) as beside:
         beside.mkdir(parents=True)
-        for part in ("trained", "optimiser", "random"):
+        for part in _PARTS:
             save_file(_packed(getattr(checkpoint, part)), beside / f"{part}.safetensors")
-        state = {"progress": dataclasses.asdict(checkpoint.progress), "optimiser": checkpoint.optimiser_meta}
+        state = {
+            "progress": dataclasses.asdict(checkpoint.progress),
+            "belongs": checkpoint.belongs,
+            "files": {path.name: _digest(path) for path in sorted(beside.iterdir())},
+            "optimiser": checkpoint.optimiser_meta,
+        }
         (beside / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
-    for old in steps(folder)[:-KEPT]:
+    # those of later steps were passed over as damaged: they do not count as the newest
+    for old in [step for step in saved_steps(folder) if step <= here][:-KEPT]:
         shutil.rmtree(folder / f"step-{old}", ignore_errors=True)
     return target
 
 
-def steps(folder: Path) -> list[int]:
-    """The steps that have a checkpoint, lowest first."""
-    found = (re.fullmatch(r"step-(\d+)", p.name) for p in folder.glob("step-*"))
-    return sorted(int(m.group(1)) for m in found if m)
+def latest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint that is whole, or None where there is none; `say` hears of those passed over.
 
-
-def latest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint, or None where there is none. Raises UserError that names a damaged file."""
-    found = steps(folder)
-    return load(folder / f"step-{found[-1]}") if found else None
+    Raises UserError that names the newest one's damage where none is whole.
+    """
+    damage: list[UserError] = []
+    for step in reversed(saved_steps(folder)):
+        try:
+            found = load(folder / f"step-{step}")
+        except UserError as error:
+            damage.append(error)
+            continue
+        for one in damage:
+            say(f"warning: {one}; step-{step} is taken instead")
+        return found
+    if damage:
+        raise UserError(f"{damage[0]}. No other is whole: name another out, or remove {folder} to begin anew")
+    return None
 
 
 def load(path: Path) -> Checkpoint:
     """The checkpoint in a folder. Raises UserError that names the file where one is damaged."""
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        parts = {part: load_file(path / f"{part}.safetensors") for part in ("trained", "optimiser", "random")}
-        return Checkpoint(Progress(**state["progress"]), optimiser_meta=state["optimiser"], **parts)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"{path}: the checkpoint is damaged: {error}. Remove the folder to use an older one") from error
+        for name, digest in state.get("files", {}).items():
+            if _digest(path / name) != digest:
+                raise ValueError(f"{name} is not what was saved")
+        parts = {part: load_file(path / f"{part}.safetensors") for part in _PARTS}
+        progress = _progress(state["progress"], path.name)
+        check_optimiser(parts["optimiser"], state["optimiser"])
+        if parts["random"]["cpu"].shape != torch.get_rng_state().shape:
+            raise ValueError("random.safetensors holds no generator's state")
+        belongs = dict(state.get("belongs") or {})
+        return Checkpoint(progress, optimiser_meta=state["optimiser"], belongs=belongs, **parts)
+    except KeyError as error:
+        raise UserError(f"{path}: the checkpoint is damaged: it lacks {error}") from error
+    except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
+        raise UserError(f"{path}: the checkpoint is damaged: {error}") from error
+
+
+def _progress(values: Mapping[str, Any], name: str) -> Progress:
+    """The progress in state.json, which must be that of the folder's name."""
+    progress = Progress(**values)
+    numbers = [getattr(progress, f.name) for f in dataclasses.fields(progress)]
+    if not all(n is None or isinstance(n, int | float) for n in numbers) or not isinstance(progress.step, int):
+        raise ValueError("state.json holds no progress")
+    if re.fullmatch(r"step-\d+", name) and name != f"step-{progress.step}":
+        raise ValueError(f"it is that of step {progress.step}")
+    return progress
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _packed(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -50,8 +50,8 @@ class Work:
     evaluate: Callable[[int], EvalRecord] | None = None
     evaluate_every: int | None = None
     patience: int | None = None
-    save: Callable[[Progress], None] | None = None
-    save_best: Callable[[Progress], None] | None = None
+    save: Callable[[Progress], str | None] | None = None  # tells what went wrong, if anything did
+    save_best: Callable[[Progress], str | None] | None = None
     save_steps: int | None = None
     save_seconds: float | None = None
     watch: Callable[[int], Any] = field(default=lambda step: contextlib.nullcontext())  # around a step's computing
@@ -61,11 +61,13 @@ class Work:
 def train(work: Work, progress: Progress) -> Iterator[StepRecord | EvalRecord]:
     """Train from `progress` to the end; yields each step's record and each evaluation's.
 
-    Saves a checkpoint when one is due. Raises Interrupted, with a checkpoint saved, where `work.stop()` turns true;
-    RunFailed on a loss or gradient that is not finite.
+    Saves a checkpoint when one is due and after the last step. Raises Interrupted, with a checkpoint saved, where
+    `work.stop()` turns true; RunFailed on a loss or gradient that is not finite, and where that checkpoint failed.
     """
     saved_at = time.monotonic()
     work.model.train()
+    if _is_stale(work, progress):  # it goes on from the checkpoint of an early end
+        return
     for micro_batches in work.batches(progress.step):
         record = _step(work, micro_batches, progress.step)
         _count(progress, record)
@@ -75,14 +77,21 @@ def train(work: Work, progress: Progress) -> Iterator[StepRecord | EvalRecord]:
         if not ended and work.evaluate and work.evaluate_every and progress.step % work.evaluate_every == 0:
             yield _evaluate(work, progress)
             ended = _is_stale(work, progress)
-        stop = work.stop() and not ended
-        if work.save and not ended and (stop or _save_due(work, progress, saved_at)):
-            work.save(progress)
+        stop, trouble = work.stop(), None
+        if work.save and (stop or ended or _save_due(work, progress, saved_at)):
+            trouble = work.save(progress)
             saved_at = time.monotonic()
-        if stop:
-            raise Interrupted(f"stopped after step {progress.step} of {work.total}; a checkpoint is saved")
+        if stop or (ended and work.stop()):
+            raise _stopped(work, progress, trouble)
         if ended:
             return
+
+
+def _stopped(work: Work, progress: Progress, trouble: str | None) -> Exception:
+    where = f"stopped after step {progress.step} of {work.total}"
+    if trouble:
+        return RunFailed(f"{where}, and its checkpoint could not be saved: {trouble}")
+    return Interrupted(f"{where}; a checkpoint is saved, and the same command goes on from it")
 
 
 def _step(work: Work, micro_batches: Sequence[Batch], step: int) -> StepRecord:
@@ -154,12 +163,13 @@ def _count(progress: Progress, record: StepRecord) -> None:
 def _evaluate(work: Work, progress: Progress) -> EvalRecord:
     assert work.evaluate is not None
     record = work.evaluate(progress.step)
+    before = progress.best_loss, progress.best_step
     best = progress.best_loss is None or record.loss < progress.best_loss
     progress.stale = 0 if best else progress.stale + 1
     if best:
         progress.best_loss, progress.best_step = record.loss, progress.step
-        if work.save_best:
-            work.save_best(progress)
+        if work.save_best and work.save_best(progress):
+            progress.best_loss, progress.best_step = before  # what is kept is still the earlier one
     return EvalRecord(**{**record.__dict__, "best": best})
 
 

@@ -129,6 +129,36 @@ def test_the_job_is_shown_once_and_without_nulls() -> None:
     ]
 
 
+def test_a_log_that_cannot_be_written_ends_and_the_terminal_goes_on(tmp_path: Path) -> None:
+    out = io.StringIO()
+    console = Console(total=2, file=out)
+    console.start(JOB, tmp_path)
+    console._log = Path("/dev/full").open("w")  # noqa: SIM115
+    console.say("one")
+    console.say("two")
+    console.close(None)
+    assert out.getvalue().splitlines()[-3:] == [
+        "warning: log.txt: cannot be written: No space left on device; it ends here",
+        "one",
+        "two",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        ({"path": "/my/base", "source": "package"}, "/my/base  dtype=float32"),
+        ({"path": "org/name", "source": "hub", "revision": "v2"}, "org/name  revision=v2  dtype=float32"),
+        ({"source": "package"}, "smollm2-135m  source=package  package=p==1  license=mit  dtype=float32"),
+        ({"source": "hub"}, "smollm2-135m  source=hub  hub=o/n  license=mit  dtype=float32"),
+    ],
+)
+def test_the_base_is_called_by_what_is_really_used(options: dict[str, str], shown: str) -> None:
+    known = {"hub": "o/n", "package": "p==1", "license": "mit", "dtype": "float32"}
+    rows = job_rows({"choices": {"model": "smollm2-135m"}, "model": {**options, **known}})
+    assert rows[0] == ("model", shown)
+
+
 def test_the_curve() -> None:
     assert curve([8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0], 80) == "loss 8.000 █▇▆▅▄▃▂▁ 1.000"
     assert len(curve([float(n) for n in range(1000)], 40)) <= 40

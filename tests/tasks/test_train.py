@@ -91,7 +91,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
             raise KeyboardInterrupt  # a kill after the step: two steps since the last checkpoint
 
     monkeypatch.setattr(loop, "_count", count)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted, match="goes on from step 2"):
         task.run(stopped)
     monkeypatch.undo()
     assert task.run(stopped) == 0

@@ -1,0 +1,142 @@
+"""What one run keeps: its checkpoints on the way, and at the end the adapter or the model that it hands over."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+
+from ftrun import assemble
+from ftrun.assemble import Sketch
+from ftrun.data.load import Corpus
+from ftrun.data.rows import Rows
+from ftrun.errors import RunFailed, UserError
+from ftrun.methods.files import save_adapter
+from ftrun.optim import state as optimiser_state
+from ftrun.runs import Run, aside, listed, write_json
+from ftrun.train import checkpoint
+from ftrun.train.checkpoint import Checkpoint
+from ftrun.train.loop import Progress
+
+
+class Keeper:
+    """belongs: what the run's weights belong to, by hash; a checkpoint that belongs to another is refused."""
+
+    def __init__(self, run: Run, parts: Sketch, corpus: Corpus, say: Callable[[str], None]) -> None:
+        self.run, self.parts, self.say = run, parts, say
+        self.belongs = {"base": parts.base.hash(), "data": fingerprint(corpus)}
+
+    def found(self, resume: str) -> Checkpoint | None:
+        """The newest whole checkpoint. Raises UserError where it belongs to another base or other rows."""
+        found = checkpoint.latest(self.run.checkpoints, self.say)
+        if found is None:
+            return None
+        changes = [(k, v[:16], self.belongs[k][:16]) for k, v in found.belongs.items() if v != self.belongs.get(k, v)]
+        if changes and resume != "force":
+            where = {"base": self.parts.base.reference, "data": "the rows"}
+            named = ", ".join(f"{k} ({where[k]})" for k, *_ in changes if k in where)
+            raise UserError(
+                f"out={self.run.path}: since the run began, this has changed: {named}.\n{listed(changes)}\n"
+                "Name another out, or resume=force"
+            )
+        if changes:
+            self.say(f"resume=force: goes on with another {' and '.join(k for k, *_ in changes)}")
+        return found
+
+    def restore(self, found: Checkpoint, optimiser: torch.optim.Optimizer) -> None:
+        """The model, the optimiser and the generators as they were."""
+        self.load_trained(found.trained)
+        try:
+            optimiser_state.restore(optimiser, found.optimiser, found.optimiser_meta)
+        except ValueError as error:
+            raise UserError(f"{self.run.checkpoints}: {error}") from error
+        checkpoint.restore_random(found.random)
+
+    def load_trained(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Trained weights into the model."""
+        self.parts.tuner.load_state(self.parts.model, tensors)
+
+    def load_best(self) -> bool:
+        """The best weights into the model; False, said aloud, where they are damaged."""
+        try:
+            self.load_trained(checkpoint.load(self.run.checkpoints / "best").trained)
+        except UserError as error:
+            self.say(f"warning: {error}; the last step's weights are handed over")
+            return False
+        return True
+
+    def save(self, optimiser: torch.optim.Optimizer, progress: Progress, name: str | None = None) -> str | None:
+        """A checkpoint; tells what went wrong, which ends no run. Raises RunFailed where a weight is not finite."""
+        trained = self.parts.tuner.state(self.parts.model)
+        for key, tensor in trained.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise RunFailed(
+                    f"step {progress.step}: {key} is no longer finite; a lower lr may help. Nothing is saved"
+                )
+        tensors, meta = optimiser_state.flatten(optimiser)
+        state = Checkpoint(progress, trained, tensors, meta, checkpoint.random_state(), self.belongs)
+        try:
+            checkpoint.save(self.run.checkpoints, state, name)
+        except (OSError, SafetensorError) as error:
+            trouble = f"{self.run.checkpoints / (name or f'step-{progress.step}')}: {reason(error)}"
+            self.say(f"WARNING: NO CHECKPOINT of step {progress.step}: {trouble}. The run goes on without it")
+            return trouble
+        return None
+
+    def hand_over(self, provenance: Mapping[str, Any]) -> None:
+        """adapter/ with its provenance, or model/ where the base itself was trained: whole, or not at all."""
+        parts = self.parts
+        config = parts.tuner.adapter_config(parts.anatomy, parts.base.reference)
+        target = self.run.path / ("adapter" if config else "model")
+        try:
+            with aside(target) as beside:
+                if config:
+                    save_adapter(beside, config, parts.tuner.state(parts.model))
+                else:
+                    self._save_model(beside)
+                write_json(beside / "provenance.json", {**provenance, "data": self.belongs["data"]})
+        except (OSError, SafetensorError) as error:
+            saved = self.run.checkpoints.exists() and any(self.run.checkpoints.glob("step-*"))
+            kept = f"; the trained weights are in {self.run.checkpoints}, the same command tries again" if saved else ""
+            raise RunFailed(f"{target}: cannot be written: {reason(error)}{kept}") from error
+
+    def _save_model(self, folder: Path) -> None:
+        from transformers.utils import logging
+
+        # its bar would break into what the console shows, and into redirected output
+        shown = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        try:
+            self.parts.model.save_pretrained(folder)
+        finally:
+            if shown:
+                logging.enable_progress_bar()
+        assemble.saved_config(self.parts).save_pretrained(folder)
+        self.parts.base.tokenizer().save_pretrained(folder)
+
+
+def fingerprint(corpus: Corpus) -> str:
+    """SHA-256 over the rows in their order: what is trained and what is held out."""
+    total = hashlib.sha256()
+    for rows in (corpus.train, corpus.held_out):
+        total.update(_hashes(rows).tobytes())
+        total.update(rows.supervised.tobytes())
+    return total.hexdigest()
+
+
+def _hashes(rows: Rows) -> np.ndarray:
+    made = np.zeros(len(rows), np.uint64)
+    for i, source in enumerate(rows.sources):
+        mine = rows.part == i
+        made[mine] = getattr(source, "hash")[rows.row[mine]]  # noqa: B009 (every stored source has it)
+    return made
+
+
+def reason(error: Exception) -> str:
+    """What the system said, in one line."""
+    return str(getattr(error, "strerror", None) or error).splitlines()[0]

