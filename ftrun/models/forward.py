@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,14 +15,19 @@ from ftrun.kernels.loss import Shape, chunked_loss, full_loss
 from ftrun.values import Batch
 
 PACKED = "ftrun_packed"  # the name under which transformers finds our attention
+PLAIN = "ftrun_plain"  # transformers' own "sdpa", told by the host whether anything is padded
+_UNPADDED = contextvars.ContextVar("unpadded", default=False)  # every row of the batch at hand is as long as the batch
 
 
 def register_attention() -> None:
-    """Make PACKED an attention implementation of transformers, without a mask of its own."""
+    """Make PACKED and PLAIN attention implementations of transformers: one without a mask, one with its own."""
     from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     AttentionInterface.register(PACKED, _attend)
     AttentionMaskInterface.register(PACKED, _no_mask)
+    AttentionInterface.register(PLAIN, sdpa_attention_forward)
+    AttentionMaskInterface.register(PLAIN, _plain_mask)
 
 
 @contextlib.contextmanager
@@ -37,6 +43,14 @@ def attention(model: Any, name: str) -> Iterator[None]:
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:
     """Rows are kept apart by their lengths; a dense mask would only cost memory."""
+
+
+def _plain_mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
+    """As transformers masks "sdpa". It reads a mask's values to see that nothing is padded, and then needs no mask;
+    fake tensors have no values, and a plan would hold a mask that the run has not."""
+    from transformers.masking_utils import sdpa_mask
+
+    return sdpa_mask(*args, attention_mask=None if _UNPADDED.get() else attention_mask, **kwargs)
 
 
 def _attend(
@@ -82,11 +96,13 @@ class TokenLoss:
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """(rows, width, D): what the head reads."""
-        return self.model.base_model(**self._inputs(batch)).last_hidden_state
+        with _told(batch):
+            return self.model.base_model(**self._inputs(batch)).last_hidden_state
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """(rows, width, V), the model's own."""
-        return self.model(**self._inputs(batch)).logits
+        with _told(batch):
+            return self.model(**self._inputs(batch)).logits
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
@@ -95,6 +111,16 @@ class TokenLoss:
         width = batch.input_ids.shape[1]
         lengths = torch.tensor(batch.lengths, device=batch.input_ids.device)
         return {**inputs, "attention_mask": (torch.arange(width, device=lengths.device) < lengths[:, None]).long()}
+
+
+@contextlib.contextmanager
+def _told(batch: Batch) -> Iterator[None]:
+    """Within the block PLAIN knows whether the batch is padded."""
+    token = _UNPADDED.set(min(batch.lengths) == batch.input_ids.shape[1])
+    try:
+        yield
+    finally:
+        _UNPADDED.reset(token)
 
 
 def logit_shape(config: Any) -> Shape:

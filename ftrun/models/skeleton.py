@@ -11,6 +11,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, Pret
 
 from ftrun.errors import UserError
 from ftrun.models.base import Base
+from ftrun.models.forward import PLAIN
 
 # what transformers' configs call their dropouts; routers' jitter is noise of the same kind
 _NOISE = ("dropout", "pdrop", "layerdrop", "jitter_noise")
@@ -20,7 +21,7 @@ def skeleton(base: Base, attention: str = "sdpa") -> nn.Module:
     """The causal language model of `base` on the meta device, in its dtype, in eval mode, without a cache.
 
     attention: a name that transformers' AttentionInterface knows; for a family that has no "sdpa" (Gemma 2, for its
-    capped scores) that one means "eager". Embedding and head have `base.rows` rows.
+    capped scores) that one and PLAIN mean "eager". Embedding and head have `base.rows` rows.
     The base's own dropout is off, in training too: GPT-2 and OPT say 0.1 for their pretraining, a tuned base is
     frozen or nearly so, and the method's `dropout` is the one knob. Experts run as one grouped product in bfloat16,
     as batched ones in float32 (grouped products know no float32). `base.config` stays as it is: save that one.
@@ -42,7 +43,7 @@ def skeleton(base: Base, attention: str = "sdpa") -> nn.Module:
 
 def _known(config: PretrainedConfig, attention: str) -> str:
     family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    lacking = attention == "sdpa" and family is not None and not getattr(family, "_supports_sdpa", True)
+    lacking = attention in ("sdpa", PLAIN) and family is not None and not getattr(family, "_supports_sdpa", True)
     return "eager" if lacking else attention
 
 

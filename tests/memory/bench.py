@@ -45,7 +45,7 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("phi3", _WIDE),
 }
 DEPTH = 5  # layers of a small model
-SMOLLM_SHARE = 2  # SmolLM2 is larger: its rows are shorter by this factor
+SMOLLM_SHARE = 4  # SmolLM2 is larger: its rows are shorter by this factor
 
 
 @dataclass(frozen=True)
