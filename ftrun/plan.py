@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ftrun import assemble
 from ftrun.job import Job
+from ftrun.memory import cpu_kernels
 from ftrun.memory.device import Device
 from ftrun.memory.track import Moment, Tracker
 from ftrun.models.forward import TokenLoss
@@ -53,7 +54,9 @@ def plan(job: Job, parts: assemble.Sketch, device: Device, micro_batches: Sequen
     prepare(model, parts.quantiser, parts.base)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         twin = _twin(job, parts, model, recomputed)
-        tracker = Tracker(CUDA_BLOCK if device.type == "cuda" else 1)
+        is_cuda = device.type == "cuda"
+        tracker = Tracker(CUDA_BLOCK if is_cuda else 1, None if is_cuda else cpu_kernels.transient)
+        twin.model.train()  # as the loop does: dropout draws masks
         loss = _Watched(twin.model, job.kernels, tracker)
         work = assemble.work(job, twin, torch.device("cpu"), total=2, loss=loss)
         fakes = [batch.each(mode.from_tensor) for batch in micro_batches]

@@ -6,7 +6,7 @@ Works on fake tensors, where nothing is allocated: the sizes are those of the re
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,11 +31,15 @@ class Tracker(TorchDispatchMode):
     """While active, knows the live bytes by role, and the moment at which they were most.
 
     rounding: every storage counts as a multiple of so many bytes (512 for CUDA's caching allocator, 1 for none).
+    transient: (op, args, kwargs, out) -> the sizes in bytes of what the target's kernel allocates and frees within it.
     """
 
-    def __init__(self, rounding: int = 1) -> None:
+    def __init__(
+        self, rounding: int = 1, transient: Callable[[Any, Any, Any, Any], Iterable[int]] | None = None
+    ) -> None:
         super().__init__()
         self.rounding = rounding
+        self.transient = transient
         self.live: dict[int, tuple[str, int]] = {}  # storage -> role, bytes
         self.now = Moment()
         self.peak = Moment()
@@ -47,6 +51,8 @@ class Tracker(TorchDispatchMode):
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
                 self._follow(leaf, self._role)
+        if self.transient is not None:
+            self._pass(self.transient(func, args, kwargs or {}, out))
         return out
 
     @contextmanager
@@ -84,9 +90,20 @@ class Tracker(TorchDispatchMode):
         self.live[key] = (role, size)
         weakref.finalize(storage, self._drop, key)
         self._add(role, size)
+        self._at_peak()
+        return key
+
+    def _pass(self, sizes: Iterable[int]) -> None:
+        """Blocks that live within one operation, all at once."""
+        size = sum(-(-nbytes // self.rounding) * self.rounding for nbytes in sizes)
+        if size:
+            self._add("other", size)
+            self._at_peak()
+            self._add("other", -size)
+
+    def _at_peak(self) -> None:
         if self.now.total > self.peak.total:
             self.peak = Moment(self.now.total, dict(self.now.by_role), self.label)
-        return key
 
     def _drop(self, key: int) -> None:
         role, size = self.live.pop(key)

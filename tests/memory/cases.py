@@ -93,6 +93,11 @@ def spread(cases: list[Case], count: int) -> list[Case]:
     return [c for c in cases if c in chosen]
 
 
+def _gain(case: Case, left: dict[int, set[Group]]) -> tuple[int, ...]:
+    """The open pairs and triples that the case would hold."""
+    return tuple(len(left[strength] & _groups(case, strength)) for strength in (2, 3))
+
+
 Group = tuple[tuple[str, str], ...]
 
 
