@@ -23,7 +23,7 @@ _INT8_CHUNK = 1 << 19  # elements that ftrun::dequantise_int8 makes dense at onc
 def transient(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Sizes:
     """The sizes in bytes of what `func`'s CPU kernel holds for itself, all at once, while it runs."""
     name = func._schema.name
-    rule = _RULES.get(name.removesuffix("_"), None)
+    rule = _RULES.get(name.removesuffix("_"))
     return () if rule is None else rule(args, kwargs, out)
 
 
@@ -48,7 +48,7 @@ def _where(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Sizes:
 
 
 def _reduction(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Sizes:
-    """An input of another dtype than the sum is copied to it (make_reduction, aten/src/ATen/native/ReduceOpsUtils.h)."""
+    """An input of another dtype than the sum's is copied (make_reduction, aten/src/ATen/native/ReduceOpsUtils.h)."""
     if args[0].dtype != out.dtype:
         yield args[0].numel() * out.dtype.itemsize
 

@@ -15,6 +15,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ftrun.memory import engine
+
 ROLES = ("weights", "quant_constants", "adapters", "gradients", "optimizer", "activations", "logits", "batch", "other")
 
 
@@ -38,6 +40,7 @@ class Tracker(TorchDispatchMode):
         self, rounding: int = 1, transient: Callable[[Any, Any, Any, Any], Iterable[int]] | None = None
     ) -> None:
         super().__init__()
+        engine.exclusive()  # found out now: within an operation autograd is off
         self.rounding = rounding
         self.transient = transient
         self.live: dict[int, tuple[str, int]] = {}  # storage -> role, bytes
@@ -47,7 +50,10 @@ class Tracker(TorchDispatchMode):
         self._role = "activations"
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        reused = engine.repurposed(func, args)
         out = func(*args, **(kwargs or {}))
+        if reused is not None:
+            self._hand_over(reused)
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
                 self._follow(leaf, self._role)
@@ -104,6 +110,14 @@ class Tracker(TorchDispatchMode):
     def _at_peak(self) -> None:
         if self.now.total > self.peak.total:
             self.peak = Moment(self.now.total, dict(self.now.by_role), self.label)
+
+    def _hand_over(self, tensor: torch.Tensor) -> None:
+        """The tensor's bytes become those of another one, which is followed next."""
+        key = tensor.untyped_storage()._cdata
+        if key in self.live:
+            role, size = self.live[key]
+            self.live[key] = (role, 0)
+            self._add(role, -size)
 
     def _drop(self, key: int) -> None:
         role, size = self.live.pop(key)

@@ -45,12 +45,12 @@ def _no_mask(*args: Any, **kwargs: Any) -> None:
     """Rows are kept apart by their lengths; a dense mask would only cost memory."""
 
 
-def _plain_mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
+def _plain_mask(attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
     """As transformers masks "sdpa". It reads a mask's values to see that nothing is padded, and then needs no mask;
     fake tensors have no values, and a plan would hold a mask that the run has not."""
     from transformers.masking_utils import sdpa_mask
 
-    return sdpa_mask(*args, attention_mask=None if _UNPADDED.get() else attention_mask, **kwargs)
+    return sdpa_mask(attention_mask=None if _UNPADDED.get() else attention_mask, **kwargs)
 
 
 def _attend(
