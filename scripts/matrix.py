@@ -1,6 +1,6 @@
 """Planned against measured on the CPU: about a hundred jobs over SmolLM2-135M and small models of six families.
 
-    python scripts/matrix.py [--sample N] [--only WORD ...] [--json FILE]
+    python scripts/matrix.py [--sample N] [--only VALUE ...] [--part 1/2] [--json FILE]
 
 Each job is planned on fake tensors for the very batches of a step, then run: one step to warm up and one that is
 measured by the allocator's own events. Prints the table and the worst; exits with 1 unless 90 % of the jobs are within
@@ -29,10 +29,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sample", type=int, help="a spread sample of so many jobs")
     parser.add_argument("--only", nargs="*", default=[], help="jobs that have all of these values")
+    parser.add_argument("--part", default="1/1", help="1/2 and 2/2: halves for two processes")
     parser.add_argument("--json", type=Path, help="write every figure to this file")
     asked = parser.parse_args()
     cases = [c for c in matrix() if all(word in str(c).split() for word in asked.only)]
     cases = spread(cases, asked.sample) if asked.sample else cases
+    part, parts = map(int, asked.part.split("/"))
+    cases = cases[part - 1 :: parts]
     with tempfile.TemporaryDirectory(prefix="ftrun-matrix-") as folder:
         bench, outcomes = Bench(Path(folder)), list[Outcome]()
         print(f"{'job':76} {'planned':>9} {'measured':>9} {'error':>9}  (MB)", flush=True)

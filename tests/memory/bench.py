@@ -27,7 +27,7 @@ from tests.families import save_tiny
 from tests.memory.cases import SHAPES, Case
 
 _WIDE: dict[str, Any] = {
-    "vocab_size": 12288,
+    "vocab_size": 24576,
     "hidden_size": 512,
     "intermediate_size": 1408,
     "num_attention_heads": 8,
@@ -38,7 +38,7 @@ _WIDE: dict[str, Any] = {
 # name -> (transformers' model_type, what its config says beyond tests/families.py)
 SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {**_WIDE, "attention_bias": True, "mlp_bias": True}),
-    "gpt2": ("gpt2", {"vocab_size": 12288, "n_embd": 512, "n_head": 8, "n_positions": 2048}),
+    "gpt2": ("gpt2", {"vocab_size": 24576, "n_embd": 512, "n_head": 8, "n_positions": 2048}),
     "gpt_neox": ("gpt_neox", {k: v for k, v in _WIDE.items() if k != "num_key_value_heads"}),
     "gemma3": ("gemma3_text", {**_WIDE, "head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 48}),
     "qwen3_moe": ("qwen3_moe", {**_WIDE, "head_dim": 64, "num_experts": 8, "moe_intermediate_size": 256}),
