@@ -94,14 +94,15 @@ def _chunk(
     picked = logits.gather(-1, targets[:, None])
     largest = logits.amax(-1, keepdim=True)
     # from here on in the logits' own memory: logsumexp and a scaled copy would each take as much again
-    powers = logits.sub_(largest).exp_()
-    total = powers.sum(-1, keepdim=True)
+    logits.sub_(largest).exp_()
+    total = logits.sum(-1, keepdim=True)
     if gradient is not None:
-        slope = powers.div_(total)  # softmax
-        slope.scatter_add_(-1, targets[:, None], slope.new_full((len(targets), 1), -1.0))
+        logits.div_(total)  # softmax
+        logits.scatter_add_(-1, targets[:, None], logits.new_full((len(targets), 1), -1.0))
         if bend is not None:
-            slope *= bend
+            logits *= bend
         if shape.scale != 1.0:
-            slope *= shape.scale
-        torch.mm(slope.to(hidden.dtype), weight, out=gradient)
+            logits *= shape.scale
+        logits = logits.to(hidden.dtype)  # the float32 ones are gone before the product takes room for itself
+        torch.mm(logits, weight, out=gradient)
     return (total.log() + largest - picked).sum()
