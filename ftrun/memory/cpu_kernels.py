@@ -22,8 +22,8 @@ _INT8_CHUNK = 1 << 19  # elements that ftrun::dequantise_int8 makes dense at onc
 
 def transient(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Sizes:
     """The sizes in bytes of what `func`'s CPU kernel holds for itself, all at once, while it runs."""
-    name = func._schema.name
-    rule = _RULES.get(name.removesuffix("_"))
+    schema = getattr(func, "_schema", None)  # higher-order operators have none
+    rule = None if schema is None else _RULES.get(schema.name.removesuffix("_"))
     return () if rule is None else rule(args, kwargs, out)
 
 
