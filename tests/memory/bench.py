@@ -92,10 +92,10 @@ class Outcome:
 
 
 class Bench:
-    """Runs cases. folder: where the small models and their quantised forms are kept between cases."""
+    """Runs cases. folder: where small models and their quantised forms are kept between cases; depth: their layers."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, depth: int = DEPTH) -> None:
+        self.folder, self.depth = folder, depth
 
     def job(self, case: Case) -> Job:
         """The case's job, as a user would write it."""
@@ -147,7 +147,7 @@ class Bench:
         if not folder.is_dir():
             transformers.utils.logging.disable_progress_bar()
             family, changes = SMALL[case.model]
-            save_tiny(family, folder, DEPTH, torch.bfloat16, **changes)
+            save_tiny(family, folder, self.depth, torch.bfloat16, **changes)
         return folder
 
 

@@ -13,7 +13,7 @@ SAMPLE = spread([c for c in matrix() if c.model != "smollm2"], 7)
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return Bench(tmp_path_factory.mktemp("matrix"))
+    return Bench(tmp_path_factory.mktemp("matrix"), depth=2)
 
 
 @pytest.mark.parametrize("case", SAMPLE, ids=str)
