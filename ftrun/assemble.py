@@ -29,7 +29,7 @@ from ftrun.job import Job
 from ftrun.memory.device import Device
 from ftrun.methods.files import load_adapter
 from ftrun.models.base import Base, open_base
-from ftrun.models.forward import PACKED, TokenLoss, register_attention
+from ftrun.models.forward import PACKED, PLAIN, TokenLoss, register_attention
 from ftrun.models.load import fill
 from ftrun.models.select import anatomy as find_anatomy
 from ftrun.models.skeleton import check_length, skeleton
@@ -62,7 +62,7 @@ def sketch(job: Job, cache: Path, say: Say, whole: bool = False) -> Sketch:
     base = open_base(job.model.typed(), base_name(job), cache, say)
     if whole:
         base.fetch()
-    model = skeleton(base, attention=PACKED if job.kernels == "fast" else "sdpa")
+    model = skeleton(base, attention=PACKED if job.kernels == "fast" else PLAIN)
     check_length(model, job.seq_len, say)
     method = job.method.typed()
     selected = find_anatomy(model, getattr(method, "targets", None) or "all", getattr(method, "layers", "all"))

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ftrun import assemble
 from ftrun.job import Job
-from ftrun.memory import stack
+from ftrun.memory import cpu_kernels, stack
 from ftrun.memory.cost import Cost
 from ftrun.memory.track import BACKWARD, FORWARD, Instant, Moment, Segment, Tracker
 from ftrun.methods.base import Wrapper
@@ -142,7 +142,8 @@ class Twin:
         """The model as it stands on fake tensors, followed, between two steps."""
         with self.mode:
             _to_fake(self.parts.model, self._made)
-            tracker = Tracker(CUDA_BLOCK if self.device_type == "cuda" else 1, self.counts)
+            tracker = self._tracker(self.counts)
+            self.parts.model.train()  # as the loop does: dropout draws masks
             loss = _Watched(self.parts.model, self.job, tracker)
             work = assemble.work(self.job, self.parts, torch.device("cpu"), total=2, loss=loss, kind=self.device_type)
             with tracker:
@@ -152,6 +153,11 @@ class Twin:
                     tracker.mark([tensor], "optimizer" if tensor.numel() > 1 else "other")  # counters of steps
                 tracker.forget()
                 yield tracker, work
+
+    def _tracker(self, counts: bool = False) -> Tracker:
+        if self.device_type == "cuda":
+            return Tracker(CUDA_BLOCK, counts=counts)
+        return Tracker(transient=cpu_kernels.transient, counts=counts)
 
     def _take(self, tracker: Tracker, work: Work, fakes: list[Batch]) -> _Few:
         """The step itself."""
@@ -202,7 +208,7 @@ class Twin:
             trained = [nn.Parameter(torch.empty(p.shape, dtype=p.dtype)) for p in found]
             for parameter in trained:
                 parameter.grad = torch.empty_like(parameter)
-            tracker = Tracker(CUDA_BLOCK if self.device_type == "cuda" else 1)
+            tracker = self._tracker()
             with tracker:
                 tracker.mark([p.grad for p in trained if p.grad is not None], "gradients")
                 tracker.begin(Instant(CLIPPING))

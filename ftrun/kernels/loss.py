@@ -89,14 +89,20 @@ def _chunk(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, shape: Shape, gradient: torch.Tensor | None
 ) -> torch.Tensor:
     """The chunk's loss; d loss / d hidden is written into `gradient` where it is given."""
-    raw = F.linear(hidden, weight)
-    logits = shape(raw).float()
-    log_total = torch.logsumexp(logits, dim=-1)
-    picked = logits.gather(-1, targets[:, None]).squeeze(-1)
+    logits = shape(F.linear(hidden, weight)).float()
+    bend = None if gradient is None or shape.cap is None else 1 - (logits / shape.cap).square_()
+    picked = logits.gather(-1, targets[:, None])
+    largest = logits.amax(-1, keepdim=True)
+    # from here on in the logits' own memory: logsumexp and a scaled copy would each take as much again
+    logits.sub_(largest).exp_()
+    total = logits.sum(-1, keepdim=True)
     if gradient is not None:
-        slope = logits.sub_(log_total[:, None]).exp_()  # softmax, in the logits' own memory
-        slope.scatter_add_(-1, targets[:, None], slope.new_full((len(targets), 1), -1.0))
-        if shape.cap is not None:
-            slope *= 1 - (shape(raw).float() / shape.cap) ** 2
-        torch.mm((slope * shape.scale).to(hidden.dtype), weight, out=gradient)
-    return (log_total - picked).sum()
+        logits.div_(total)  # softmax
+        logits.scatter_add_(-1, targets[:, None], logits.new_full((len(targets), 1), -1.0))
+        if bend is not None:
+            logits *= bend
+        if shape.scale != 1.0:
+            logits *= shape.scale
+        logits = logits.to(hidden.dtype)  # the float32 ones are gone before the product takes room for itself
+        torch.mm(logits, weight, out=gradient)
+    return (total.log() + largest - picked).sum()

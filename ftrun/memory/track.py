@@ -6,18 +6,20 @@ Works on fake tensors, where nothing is allocated: the sizes are those of the re
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ftrun.memory import engine
 from ftrun.memory.cost import Cost, cost_of
 
+Transient = Callable[[Any, Any, Any, Any], Iterable[int]]
 FORWARD, BACKWARD = "forward", "backward"  # of a decoder layer
 ROUNDING = "rounding"  # what an allocator adds to fill its blocks
 ROLES = (
@@ -84,17 +86,28 @@ class Segment:
     cost: Cost = field(default_factory=Cost)  # its work, where the tracker counts it
 
 
+class Held(NamedTuple):
+    """A storage that is followed: its role, its bytes, what rounding adds, when it was first seen."""
+
+    role: str
+    size: int
+    filling: int
+    born: int
+
+
 class Tracker(TorchDispatchMode):
     """While active, knows the live bytes by role, and in each segment the moment at which they were most.
 
     rounding: every block is a multiple of so many bytes (512 for CUDA's caching allocator, 1 for none); what that adds
     is booked as ROUNDING. counts: also count each segment's work.
+    transient: (op, args, kwargs, out) -> the sizes in bytes of what the target's kernel allocates and frees within it.
     """
 
-    def __init__(self, rounding: int = 1, counts: bool = False) -> None:
+    def __init__(self, rounding: int = 1, transient: Transient | None = None, counts: bool = False) -> None:
         super().__init__()
-        self.rounding, self.counts = rounding, counts
-        self.live: dict[int, tuple[str, int, int]] = {}  # storage -> role, bytes, when it was first seen
+        engine.exclusive()  # found out now: within an operation autograd is off
+        self.rounding, self.transient, self.counts = rounding, transient, counts
+        self.live: dict[int, Held] = {}  # by storage
         self.now = Moment()
         self.segments: list[Segment] = []
         self.tick = 0
@@ -118,10 +131,15 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # asked for at every turn: two thirds of all that comes by
+        reused = engine.repurposed(func, args)
         out = func(*args, **(kwargs or {}))
+        if reused is not None:
+            self._hand_over(reused)
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
                 self._follow(leaf, self.default_role)
+        if self.transient is not None:
+            self._pass(self.transient(func, args, kwargs or {}, out))
         if self.counts and self.segments:
             self.segments[-1].cost = self.segments[-1].cost.plus(cost_of(func, args, out))
         return out
@@ -130,8 +148,8 @@ class Tracker(TorchDispatchMode):
         """What the storages behind `tensors` take, by role, each counted once."""
         found = Moment()
         for key in {tensor.untyped_storage()._cdata for tensor in tensors}:
-            role, size, _ = self.live[key]
-            _add(found, role, size, self._filled(size))
+            held = self.live[key]
+            _add(found, held.role, held.size, held.filling)
         return found
 
     @contextmanager
@@ -147,38 +165,65 @@ class Tracker(TorchDispatchMode):
         """These tensors' storages belong to `role`, whatever they were before; unknown ones are followed from now."""
         for tensor in tensors:
             key = self._follow(tensor, role)
-            if key is None or key not in self.live or self.live[key][0] == role:
+            held = self.live[key]
+            if held.role == role:
                 continue
-            old, size, born = self.live[key]
-            self.live[key] = (role, size, born)
+            self.live[key] = held._replace(role=role)
             moments = [self.now]
-            if self.segments and born <= self.segments[-1].tick:  # it was there at the segment's peak
+            if self.segments and held.born <= self.segments[-1].tick:  # it was there at the segment's peak
                 moments.append(self.segments[-1].peak)
             for moment in moments:
-                moment.by_role[old] -= size
-                moment.by_role[role] += size
+                moment.by_role[held.role] -= held.size
+                moment.by_role[role] += held.size
 
-    def _follow(self, tensor: torch.Tensor, role: str) -> int | None:
+    def hold(self, size: int, role: str = "other") -> None:
+        """So many bytes are taken for good by what is no tensor: a library's workspace."""
+        size, filling = self._request(size)
+        _add(self.now, role, size, filling)
+        self._at_peak()
+
+    def _follow(self, tensor: torch.Tensor, role: str) -> int:
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key: int = storage._cdata
         if key in self.live:
             return key
-        size = storage.nbytes()
+        size, filling = self._request(storage.nbytes(), key)
         self.tick += 1
-        self.live[key] = (role, size, self.tick)
+        self.live[key] = Held(role, size, filling, self.tick)
         weakref.finalize(storage, self._drop, key)
-        _add(self.now, role, size, self._filled(size))
-        if self.segments and self.now.total > self.segments[-1].peak.total:
-            self.segments[-1].peak, self.segments[-1].tick = self.now.copy(), self.tick
+        _add(self.now, role, size, filling)
+        self._at_peak()
         return key
 
-    def _filled(self, size: int) -> int:
-        """What rounding adds to a block of `size` bytes."""
-        return -size % self.rounding
+    def _pass(self, sizes: Iterable[int]) -> None:
+        """Blocks that live within one operation, all at once."""
+        taken = [self._request(size) for size in sizes]
+        for size, filling in taken:
+            _add(self.now, "other", size, filling)
+        if taken:
+            self._at_peak()
+        for size, filling in taken:
+            _add(self.now, "other", -size, -filling)
+
+    def _hand_over(self, tensor: torch.Tensor) -> None:
+        """The tensor's bytes become those of another one, which is followed next."""
+        key = tensor.untyped_storage()._cdata
+        if key in self.live:
+            held = self.live[key]
+            self.live[key] = held._replace(size=0, filling=0)
+            _add(self.now, held.role, -held.size, -held.filling)
+
+    def _request(self, size: int, key: int | None = None) -> tuple[int, int]:
+        """(bytes, what rounding adds) of a new block. key: of the storage that it is for; None for a passing one."""
+        return size, -size % self.rounding
+
+    def _at_peak(self) -> None:
+        if self.segments and self.now.total > self.segments[-1].peak.total:
+            self.segments[-1].peak, self.segments[-1].tick = self.now.copy(), self.tick
 
     def _drop(self, key: int) -> None:
-        role, size, _ = self.live.pop(key)
-        _add(self.now, role, -size, -self._filled(size))
+        held = self.live.pop(key)
+        _add(self.now, held.role, -held.size, -held.filling)
 
 
 def _add(moment: Moment, role: str, size: int, rounding: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,14 +16,19 @@ from ftrun.models.packing import Attended, refusal
 from ftrun.values import Batch
 
 PACKED = "ftrun_packed"  # the name under which transformers finds our attention
+PLAIN = "ftrun_plain"  # transformers' own "sdpa", told by the host whether anything is padded
+_UNPADDED = contextvars.ContextVar("unpadded", default=False)  # every row of the batch at hand is as long as the batch
 
 
 def register_attention() -> None:
-    """Make PACKED an attention implementation of transformers, without a mask of its own."""
+    """Make PACKED and PLAIN attention implementations of transformers: one without a mask, one with its own."""
     from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     AttentionInterface.register(PACKED, _attend)
     AttentionMaskInterface.register(PACKED, _no_mask)
+    AttentionInterface.register(PLAIN, sdpa_attention_forward)
+    AttentionMaskInterface.register(PLAIN, _plain_mask)
 
 
 @contextlib.contextmanager
@@ -40,12 +46,25 @@ def attention(model: Any, name: str) -> Iterator[None]:
 
 
 def known(family: Any, name: str) -> str:
-    """`name`, or "eager" in place of "sdpa" for a family that has none (Gemma 2, for its capped scores)."""
-    return "eager" if name == "sdpa" and not getattr(family, "_supports_sdpa", True) else name
+    """`name`, or what a family has in its place: "eager" where it has no "sdpa" (Gemma 2, for its capped scores),
+    "sdpa" for PLAIN where its attention is code of its own."""
+    if family is None or name not in ("sdpa", PLAIN):
+        return name
+    if not getattr(family, "_supports_sdpa", True):
+        return "eager"
+    return "sdpa" if name == PLAIN and not family._can_set_attn_implementation() else name
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:
     """Rows are kept apart by their lengths; a dense mask would only cost memory."""
+
+
+def _plain_mask(attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
+    """As transformers masks "sdpa". It reads a mask's values to see that nothing is padded, and then needs no mask;
+    fake tensors have no values, and a plan would hold a mask that the run has not."""
+    from transformers.masking_utils import sdpa_mask
+
+    return sdpa_mask(attention_mask=None if _UNPADDED.get() else attention_mask, **kwargs)
 
 
 def _attend(
@@ -104,7 +123,8 @@ class TokenLoss:
         """The model's outputs. Raises UserError where a packed batch did not go through our attention alone."""
         inputs = self._inputs(batch)
         if not batch.packed:
-            return model(**inputs)
+            with _told(batch):
+                return model(**inputs)
         attended = Attended()
         try:
             found = model(**inputs, attended=attended)
@@ -122,6 +142,16 @@ class TokenLoss:
         width = batch.input_ids.shape[1]
         lengths = torch.tensor(batch.lengths, device=batch.input_ids.device)
         return {**inputs, "attention_mask": (torch.arange(width, device=lengths.device) < lengths[:, None]).long()}
+
+
+@contextlib.contextmanager
+def _told(batch: Batch) -> Iterator[None]:
+    """Within the block PLAIN knows whether the batch is padded."""
+    token = _UNPADDED.set(min(batch.lengths) == batch.input_ids.shape[1])
+    try:
+        yield
+    finally:
+        _UNPADDED.reset(token)
 
 
 def logit_shape(config: Any) -> Shape:

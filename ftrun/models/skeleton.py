@@ -13,6 +13,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, Pret
 
 from ftrun.errors import UserError
 from ftrun.models.base import Base
+from ftrun.models.experts import GROUPED, register_experts
 from ftrun.models.forward import PACKED, known
 from ftrun.models.packing import check_packing, refusal
 
@@ -37,10 +38,10 @@ def skeleton(base: Base, attention: str = "sdpa") -> nn.Module:
     """The causal language model of `base` on the meta device, in its dtype, in eval mode, without a cache.
 
     attention: a name that transformers' AttentionInterface knows; for a family that has no "sdpa" (Gemma 2, for its
-    capped scores) that one means "eager". Embedding and head have `base.rows` rows.
+    capped scores) that one and PLAIN mean "eager". Embedding and head have `base.rows` rows.
     The base's own dropout is off, in training too: GPT-2 and OPT say 0.1 for their pretraining, a tuned base is
-    frozen or nearly so, and the method's `dropout` is the one knob. Experts run as one grouped product in bfloat16,
-    as batched ones in float32 (grouped products know no float32). `base.config` stays as it is: save that one.
+    frozen or nearly so, and the method's `dropout` is the one knob. Experts run by our grouped product.
+    `base.config` stays as it is: save that one.
     Raises UserError where the model's code cannot do with `attention` (with ours: cannot keep packed rows apart), or
     cannot be built.
     """
@@ -53,7 +54,8 @@ def skeleton(base: Base, attention: str = "sdpa") -> nn.Module:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, **options)
         if any("experts" in name and p.dim() == 3 for name, p in model.named_parameters()):
-            model.set_experts_implementation("grouped_mm" if base.dtype == torch.bfloat16 else "batched_mm")
+            register_experts()
+            model.set_experts_implementation(GROUPED)
     except _WRONG as error:
         if PACKED in str(error):
             raise refusal(config, "its attention is code of its own") from error

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from ftrun.errors import UserError
 from ftrun.models import quantised
 from ftrun.models.base import Base, open_base
+from ftrun.models.experts import GROUPED, register_experts
 from ftrun.models.load import fill, prepare
 from ftrun.models.options import Options
 from ftrun.models.quant import fp4, int8, nf4, none
@@ -46,7 +47,8 @@ def logits(model) -> torch.Tensor:
 def theirs(folder: Path, dtype: torch.dtype = torch.float32, **options):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
     if any(p.dim() == 3 for p in model.parameters()):
-        model.set_experts_implementation("batched_mm" if dtype == torch.float32 else "grouped_mm")
+        register_experts()  # one order of sums: what is compared is what was loaded
+        model.set_experts_implementation(GROUPED)
     return model
 
 

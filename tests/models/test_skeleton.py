@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from ftrun.errors import UserError
 from ftrun.models.base import Base, open_base
+from ftrun.models.experts import GROUPED
 from ftrun.models.options import Options
 from ftrun.models.select import anatomy
 from ftrun.models.skeleton import skeleton
@@ -138,9 +139,22 @@ def test_the_bases_own_dropout_is_off_in_training_too(family: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_experts_run_grouped_or_batched(family: str, tmp_path: Path) -> None:
-    assert skeleton(tiny_base(family, tmp_path, "bfloat16")).config._experts_implementation == "grouped_mm"
-    assert skeleton(tiny_base(family, tmp_path, "float32")).config._experts_implementation == "batched_mm"
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_run_grouped_as_transformers_own_do(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    assert skeleton(tiny_base(family, tmp_path)).config._experts_implementation == GROUPED
+    experts = tiny_model(family).to(dtype).model.layers[0].mlp.experts
+    x, index = torch.randn(12, 64, dtype=dtype, requires_grad=True), torch.stack([torch.randperm(4)[:2]] * 12)
+    weights = torch.rand(12, 2, dtype=dtype)
+    found = []
+    for kind in (GROUPED, "batched_mm" if dtype == torch.float32 else "grouped_mm"):
+        experts.config._experts_implementation = kind
+        out = experts(x, index, weights)
+        out.float().square().sum().backward()
+        found.append([out, x.grad, *(p.grad for p in experts.parameters())])
+        x.grad = None
+        experts.zero_grad()
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_attention_is_handed_through(tmp_path: Path) -> None:

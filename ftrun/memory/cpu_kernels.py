@@ -1,0 +1,133 @@
+"""What kernels of the CPU allocate and free within one operation: nobody sees it from outside, the peak does.
+
+A fake tensor's operation makes its outputs and nothing else. Each rule here gives the sizes, in bytes, of the blocks
+that torch's or bitsandbytes' CPU kernel holds at its own highest point beyond inputs and outputs; the source is named
+with the rule, and tests/memory/test_cpu_kernels.py compares every rule with the allocator's events.
+
+Left out, because they follow from no shape alone: the scratchpads of oneDNN's bfloat16 products (ideep, mkldnn's
+brgemm matmul; mostly 0.2 to 2 MB, where K is above about 8,192 also 4 bytes an output element).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+Sizes = Iterable[int]
+_INT8_CHUNK = 1 << 19  # elements that ftrun::dequantise_int8 makes dense at once (ftrun/kernels/blockwise.py)
+
+
+def transient(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Sizes:
+    """The sizes in bytes of what `func`'s CPU kernel holds for itself, all at once, while it runs."""
+    schema = getattr(func, "_schema", None)  # higher-order operators have none
+    rule = None if schema is None else _RULES.get(schema.name.removesuffix("_"))
+    return () if rule is None else rule(args, kwargs, out)
+
+
+def _casts(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Sizes:
+    """Operands of an elementwise operation that have not the common dtype are copied to it first.
+
+    TensorIteratorBase::compute_types (aten/src/ATen/TensorIterator.cpp): promote_inputs_to_common_dtype and, in
+    place, cast_common_dtype_to_outputs. GPUs cast within their kernels instead.
+    """
+    operands = [t for t in args if isinstance(t, torch.Tensor) and t.dim()]
+    if len({t.dtype for t in operands}) < 2:
+        return
+    common = functools.reduce(torch.promote_types, (t.dtype for t in operands))
+    yield from (t.numel() * common.itemsize for t in operands if t.dtype != common)
+    if out is args[0] and out.dtype != common:
+        yield out.numel() * common.itemsize
+
+
+def _where(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Sizes:
+    """As elementwise operations, but that the condition stays bool (where, aten/src/ATen/native/TensorCompare.cpp)."""
+    return _casts(args[1:], kwargs, out)
+
+
+def _reduction(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Sizes:
+    """An input of another dtype than the sum's is copied (make_reduction, aten/src/ATen/native/ReduceOpsUtils.h)."""
+    if args[0].dtype != out.dtype:
+        yield args[0].numel() * out.dtype.itemsize
+
+
+def _mean(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Sizes:
+    """Means of 16-bit floats are sums in float32 (mean_kernel_impl, aten/src/ATen/native/ReduceOps.cpp)."""
+    if args[0].dtype.itemsize == 2:
+        yield from (args[0].numel() * 4, out.numel() * 4)
+
+
+def _logsumexp(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Sizes:
+    """The maxima and exp(x - maximum) (logsumexp_out_impl, aten/src/ATen/native/ReduceOps.cpp)."""
+    return args[0].nbytes, out.nbytes
+
+
+def _attention(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Sizes:
+    """cpu_flash_attention (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp): a tile of scores, its row statistics
+    and outputs a thread; 16-bit floats also the tile rounded and, on AVX-512 from 64 keys on, keys and values packed
+    for oneDNN (packb_size)."""
+    query, key = args[0], args[1]
+    width, threads = query.shape[-1], torch.get_num_threads()
+    rows, columns = _tile(query.shape[-2], key.shape[-2])
+    yield threads * (rows * columns + 2 * rows + rows * width) * 4
+    if query.dtype.itemsize == 2:
+        yield threads * rows * columns * 2
+        if key.shape[-2] >= 64 and torch.backends.cpu.get_cpu_capability() == "AVX512":
+            yield from (key.numel() * 2, key.numel() * 2, threads * columns * width * 2)
+
+
+def _attention_backward(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Sizes:
+    """cpu_flash_attention_backward: a tile of scores, one of their gradients, and the rows' sums, a thread."""
+    query, key = args[1], args[2]
+    threads = torch.get_num_threads()
+    rows, columns = _tile(query.shape[-2], key.shape[-2])
+    yield threads * rows * 4
+    yield 2 * threads * rows * columns * 4
+    if query.dtype.itemsize == 2:
+        yield 2 * threads * rows * columns * 2
+
+
+def _tile(queries: int, keys: int) -> tuple[int, int]:
+    """flash_attention_kernel_impl: 256 × 512 scores from 768 queries on, 64 × 512 from 192 on, else 32 × 512."""
+    rows = 256 if queries >= 768 else 64 if queries >= 192 else 32
+    return min(rows, queries), min(512, keys)
+
+
+def _update_8bit(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Sizes:
+    """bitsandbytes/backends/cpu/ops.py, _optimizer_update_8bit_blockwise_cpu: moments and gradient in float32, then
+    two more of that size (adam: root and quotient of the second moment; lion: three, with one moment)."""
+    parameter = args[2]
+    return [4 * parameter.numel()] * (5 + (parameter.dtype != torch.float32))
+
+
+def _update_32bit(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Sizes:
+    """bitsandbytes/backends/cpu/ops.py, _optimizer_update_32bit_cpu: the scaled gradient and two for the update."""
+    parameter = args[2]
+    return [4 * parameter.numel()] * (3 + (parameter.dtype != torch.float32))
+
+
+def _dequantise_int8(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Sizes:
+    """ftrun/kernels/blockwise.py: the rows' scales; a chunk of values cast to float32, and its product unless the
+    output is float32 itself."""
+    values, absmax = args[0], args[1]
+    rows = min(absmax.numel(), max(1, _INT8_CHUNK // values.shape[-1]))
+    yield absmax.numel() * 4
+    yield from [rows * values.shape[-1] * 4] * (1 + (out.dtype != torch.float32))
+
+
+_ELEMENTWISE = ("add", "sub", "rsub", "mul", "div", "addcmul", "addcdiv", "maximum", "minimum", "lerp")
+_COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
+_RULES: dict[str, Callable[[Sequence[Any], dict[str, Any], Any], Sizes]] = {
+    **{f"aten::{name}": _casts for name in (*_ELEMENTWISE, *_COMPARISONS)},
+    **{f"aten::{name}": _reduction for name in ("sum", "cumsum", "linalg_vector_norm")},
+    "aten::where": _where,
+    "aten::mean": _mean,
+    "aten::logsumexp": _logsumexp,
+    "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
+    "bitsandbytes::optimizer_update_8bit_blockwise": _update_8bit,
+    "bitsandbytes::optimizer_update_32bit": _update_32bit,
+    "ftrun::dequantise_int8": _dequantise_int8,
+}
