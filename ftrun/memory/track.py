@@ -6,7 +6,7 @@ Works on fake tensors, where nothing is allocated: the sizes are those of the re
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from ftrun.memory.pool import Block, CachingAllocator
 
 ROLES = ("weights", "quant_constants", "adapters", "gradients", "optimizer", "activations", "logits", "batch", "other")
 
@@ -31,11 +33,21 @@ class Tracker(TorchDispatchMode):
     """While active, knows the live bytes by role, and the moment at which they were most.
 
     rounding: every storage counts as a multiple of so many bytes (512 for CUDA's caching allocator, 1 for none).
+    transient: (op, args, kwargs, out) -> the sizes in bytes of what the target's kernel allocates and frees within it.
+    pool: an allocator to be fed with every request, in order; a storage then counts as its block does.
     """
 
-    def __init__(self, rounding: int = 1) -> None:
+    def __init__(
+        self,
+        rounding: int = 1,
+        transient: Callable[[Any, Any, Any, Any], Iterable[int]] | None = None,
+        pool: CachingAllocator | None = None,
+    ) -> None:
         super().__init__()
         self.rounding = rounding
+        self.transient = transient
+        self.pool = pool
+        self.blocks: dict[int, Block] = {}  # storage -> its block in the pool
         self.live: dict[int, tuple[str, int]] = {}  # storage -> role, bytes
         self.now = Moment()
         self.peak = Moment()
@@ -47,6 +59,8 @@ class Tracker(TorchDispatchMode):
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
                 self._follow(leaf, self._role)
+        if self.transient is not None:
+            self._pass(self.transient(func, args, kwargs or {}, out))
         return out
 
     @contextmanager
@@ -80,17 +94,47 @@ class Tracker(TorchDispatchMode):
         key = storage._cdata
         if key in self.live:
             return key
-        size = -(-storage.nbytes() // self.rounding) * self.rounding
+        size, block = self._request(storage.nbytes())
+        if block is not None:
+            self.blocks[key] = block
         self.live[key] = (role, size)
         weakref.finalize(storage, self._drop, key)
         self._add(role, size)
+        self._at_peak()
+        return key
+
+    def hold(self, nbytes: int, role: str = "other") -> None:
+        """So many bytes are taken for good by what is no tensor: a library's workspace."""
+        self._add(role, self._request(nbytes)[0])
+        self._at_peak()
+
+    def _pass(self, sizes: Iterable[int]) -> None:
+        """Blocks that live within one operation, all at once."""
+        taken = [self._request(nbytes) for nbytes in sizes]
+        for size, _ in taken:
+            self._add("other", size)
+        self._at_peak()
+        for size, block in taken:
+            self._add("other", -size)
+            if self.pool is not None:
+                self.pool.free(block)
+
+    def _request(self, nbytes: int) -> tuple[int, Block | None]:
+        """(bytes counted, block of the pool) of a new storage."""
+        if self.pool is None:
+            return -(-nbytes // self.rounding) * self.rounding, None
+        block = self.pool.malloc(nbytes)
+        return (0 if block is None else block.size), block
+
+    def _at_peak(self) -> None:
         if self.now.total > self.peak.total:
             self.peak = Moment(self.now.total, dict(self.now.by_role), self.label)
-        return key
 
     def _drop(self, key: int) -> None:
         role, size = self.live.pop(key)
         self._add(role, -size)
+        if key in self.blocks and self.pool is not None:
+            self.pool.free(self.blocks.pop(key))
 
     def _add(self, role: str, size: int) -> None:
         self.now.total += size

@@ -1,0 +1,145 @@
+"""Training steps of a peer's job on fake tensors, followed by ftrun's own tracker."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils.operations import convert_outputs_to_fp32
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ftrun.memory.cuda import CudaOps, transient, workspaces
+from ftrun.memory.pool import CachingAllocator
+from ftrun.memory.track import Tracker
+from peers import fake
+
+TRAINER, PLAIN = "trainer", "plain"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as its peer ran it. Everything that decides memory is here, and nothing is left to a default."""
+
+    config: dict[str, Any]
+    batch: int
+    tokens: int
+    method: str = "lora"  # full, lora, qlora
+    rank: int = 16
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    dropout: float = 0.0
+    dtype: torch.dtype = torch.bfloat16
+    nested: bool = True  # double quantisation
+    upcast: Callable[[Any], None] | None = None  # what k-bit preparation casts
+    adapters: torch.dtype = torch.float32
+    autocast: torch.dtype | None = None
+    checkpointing: bool = True
+    attention: str = "eager"
+    loss: Callable[..., torch.Tensor] | None = None
+    float_logits: bool = False  # the model's own outputs are float32 (transformers before 4.46)
+    loop: str = TRAINER
+    capability: tuple[int, int] = (8, 0)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What the step of one job takes, in bytes."""
+
+    allocated: int
+    reserved: int
+    label: str
+    by_role: dict[str, int]
+
+
+def measure(job: Job, steps: int = 2) -> Figures:
+    """The peak over `steps` whole steps, as torch.cuda.max_memory_allocated and _reserved would have it."""
+    model = _build(job)
+    tracker = Tracker(512, transient=transient, pool=CachingAllocator())
+    with FakeTensorMode(allow_non_fake_inputs=True), tracker, CudaOps(job.capability), _autocast_asked(job):
+        _load(model, tracker)
+        step = _step(model, job, tracker)
+        for number in range(steps):
+            if number == steps - 1:
+                tracker.reset_peak()
+            step(number)
+    assert tracker.pool is not None
+    return Figures(tracker.peak.total, tracker.pool.peak_reserved, tracker.peak.label, tracker.peak.by_role)
+
+
+def _build(job: Job) -> Any:
+    model = fake.skeleton(job.config, job.dtype, job.attention)
+    if job.method == "qlora":
+        fake.quantise(model, job.nested, job.dtype)
+        if job.upcast is not None:
+            job.upcast(model)
+    if job.method != "full":
+        model = fake.adapt(model, job.rank, list(job.targets), job.dropout, job.adapters)
+    return model
+
+
+def _load(model: nn.Module, tracker: Tracker) -> None:
+    """Module by module, children first, as nn.Module.to moves them."""
+    with tracker.role("weights"):
+        fake.materialise(model)
+    tracker.mark([p for p in model.parameters() if p.requires_grad], "adapters")
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p: tracker.mark([p.grad], "gradients"))
+
+
+@contextlib.contextmanager
+def _autocast_asked(job: Job) -> Iterator[None]:
+    """torch.is_autocast_enabled() asks for CUDA's, which PEFT and bitsandbytes do."""
+    yield
+
+
+def _step(model: Any, job: Job, tracker: Tracker) -> Callable[[int], None]:
+    """One training step, and all that it needs from before."""
+    base = model.get_base_model() if job.method != "full" else model
+    if job.loss is not None:
+        base.loss_function = job.loss
+    if job.float_logits:
+        base.lm_head.register_forward_hook(lambda module, args, out: out.float())
+    if job.checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+        base.enable_input_require_grads()
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=1e-4, foreach=True)
+    ids = torch.zeros(job.batch, job.tokens, dtype=torch.int64)
+    tracker.mark([ids], "batch")
+
+    def forward() -> Any:
+        if job.autocast is None:
+            return model(input_ids=ids, labels=ids)
+        torch.set_autocast_enabled("cuda", True)
+        try:
+            with torch.autocast("cpu", job.autocast):
+                return convert_outputs_to_fp32(model)(input_ids=ids, labels=ids)
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+
+    def step(number: int) -> None:
+        if number == 0:
+            tracker.hold(workspaces(job.capability))
+        optimiser.zero_grad(set_to_none=True)
+        tracker.label = "forward"
+        out = forward()
+        if job.loop == TRAINER:
+            out = out["loss"]
+        if number == 0:
+            tracker.hold(workspaces(job.capability))
+        tracker.label = "backward"
+        (out if job.loop == TRAINER else out.loss).backward()
+        tracker.label = "update"
+        if job.loop == TRAINER:
+            torch.nn.utils.clip_grad_norm_(trained, 1.0, foreach=True)
+        with tracker.role("optimizer"):
+            optimiser.step()
+        gc.collect(0)
+
+    return step
