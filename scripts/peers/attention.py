@@ -11,12 +11,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from ftrun.memory.cuda import attention
 
 # "flash" within a name has transformers look for the package
-FLASH, FLASH_REPEATED, SDPA_REPEATED = "peer_fused", "peer_fused_repeated", "peer_efficient"
+FLASH, FLASH_REPEATED, EFFICIENT = "peer_fused", "peer_fused_repeated", "peer_efficient"
 
 
 def register() -> None:
-    """FLASH: flash_attention_2; FLASH_REPEATED: the same after repeat_kv; SDPA_REPEATED: memory-efficient, after it."""
-    for name, function in ((FLASH, _flash), (FLASH_REPEATED, _flash_repeated), (SDPA_REPEATED, _sdpa_repeated)):
+    """FLASH: flash_attention_2; FLASH_REPEATED: the same after repeat_kv; EFFICIENT: memory-efficient, after it."""
+    for name, function in ((FLASH, _flash), (FLASH_REPEATED, _flash_repeated), (EFFICIENT, _efficient)):
         AttentionInterface.register(name, function)
         AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
 
@@ -43,7 +43,7 @@ def repeat_kv(x: torch.Tensor, groups: int) -> torch.Tensor:
     return x[:, :, None].expand(b, kv, groups, t, d).reshape(b, kv * groups, t, d)
 
 
-def _sdpa_repeated(module: nn.Module, q: Any, k: Any, v: Any, mask: Any, scaling: Any = None, **kwargs: Any) -> Any:
+def _efficient(module: nn.Module, q: Any, k: Any, v: Any, mask: Any, scaling: Any = None, **kwargs: Any) -> Any:
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)

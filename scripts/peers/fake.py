@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import bitsandbytes as bnb
@@ -25,17 +26,56 @@ def skeleton(config: dict[str, Any], dtype: torch.dtype, attention: str) -> Any:
 
 
 def materialise(model: nn.Module) -> None:
-    """Meta tensors become fake CPU tensors; a tied weight stays one. Under FakeTensorMode."""
-    made: dict[int, nn.Parameter] = {}
+    """Meta tensors become fake CPU tensors, module by module as nn.Module.to moves them. Under FakeTensorMode."""
+    _materialise([(m, n) for m in model.modules() for n in m._parameters], {})
     for module in model.modules():
-        for name, old in module._parameters.items():
-            if old is not None:
-                if id(old) not in made:
-                    made[id(old)] = nn.Parameter(torch.empty(old.shape, dtype=old.dtype), old.requires_grad)
-                module._parameters[name] = made[id(old)]
         for name, buffer in module._buffers.items():
-            if buffer is not None:
+            if buffer is not None and buffer.is_meta:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def _materialise(places: Iterable[tuple[nn.Module, str]], made: dict[int, nn.Parameter]) -> None:
+    """The parameters at these places, in this order; a tied weight stays one."""
+    for module, name in places:
+        old = module._parameters[name]
+        if old is not None and old.is_meta:
+            if id(old) not in made:
+                made[id(old)] = nn.Parameter(torch.empty(old.shape, dtype=old.dtype), old.requires_grad)
+            module._parameters[name] = made[id(old)]
+
+
+def load_quantised(model: nn.Module, dtype: torch.dtype, upcast: bool) -> None:
+    """As transformers and bitsandbytes load it: in the checkpoint's order, each weight in `dtype` before it is packed.
+
+    upcast: PEFT's prepare_model_for_kbit_training then casts every half parameter that is not packed to float32.
+    """
+    made: dict[int, nn.Parameter] = {}
+    olds = list(model.parameters())  # alive, so that no id is used twice
+    count = sum(p.nbytes for p in olds if not p.requires_grad)
+    torch.empty(count, dtype=torch.uint8)  # transformers' caching_allocator_warmup: taken and given back at once
+    named = sorted(((n, m) for n, m in model.named_modules()), key=lambda pair: _natural(pair[0]))
+    for _, module in named:
+        if isinstance(module, Packed):
+            module.load(dtype, made)
+        else:
+            _materialise([(module, n) for n, p in module._parameters.items() if p is not None and not _adapter(p)], made)
+    if upcast:
+        for parameter in model.parameters():
+            if not parameter.is_meta and parameter.dtype in (torch.float16, torch.bfloat16):
+                parameter.data = parameter.data.float()
+    del olds
+    made.clear()
+    materialise(model)
+
+
+def _adapter(parameter: nn.Parameter) -> bool:
+    return parameter.requires_grad
+
+
+def _natural(name: str) -> list[Any]:
+    """The order of transformers' dot_natural_key: numbers as numbers."""
+    name = name.replace("base_model.model.", "").replace(".base_layer", "")
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
 
 
 class Packed(Linear4bit):
@@ -56,6 +96,25 @@ class Packed(Linear4bit):
             self.register_buffer("absmax2", torch.empty(-(-blocks // NESTED_BLOCK), device="meta"))
             self.register_buffer("code2", torch.empty(256, device="meta"))
             self.register_buffer("offset", torch.empty((), device="meta"))
+
+    def load(self, dtype: torch.dtype, made: dict[int, nn.Parameter]) -> None:
+        """bitsandbytes.functional.quantize_4bit on a weight that is on the device already."""
+        whole = torch.empty(self.out_features, self.in_features, dtype=dtype)
+        absmax = torch.empty(-(-whole.numel() // NF4_BLOCK), dtype=torch.float32)
+        # torch._nn.Parameter loses attributes when it is made anew
+        packed = nn.Parameter(torch.empty(self.weight.shape, dtype=torch.uint8), requires_grad=False)
+        packed.compress_statistics, packed.quant_type = self.nested, "nf4"  # type: ignore[attr-defined]
+        self.weight = packed
+        self._buffers["code"] = torch.empty(16)
+        if self.nested:
+            self._buffers["offset"] = absmax.mean()
+            absmax = absmax - self.offset
+            self._buffers["code2"] = torch.empty(256)
+            self._buffers["absmax2"] = torch.empty(self.absmax2.shape)
+            self._buffers["absmax"] = torch.empty(self.absmax.shape, dtype=torch.uint8)
+        else:
+            self._buffers["absmax"] = absmax
+        _materialise([(self, "bias")] if self.bias is not None else [], made)
 
     def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
         """bitsandbytes.functional.dequantize_4bit: the scales first where they are quantised, then the values."""

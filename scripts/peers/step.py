@@ -34,7 +34,8 @@ class Job:
     dropout: float = 0.0
     dtype: torch.dtype = torch.bfloat16
     nested: bool = True  # double quantisation
-    upcast: Callable[[Any], None] | None = None  # what k-bit preparation casts
+    upcast: bool = False  # PEFT's k-bit preparation casts what is not packed to float32
+    warm: float = 0.0  # of the weights' bytes, taken at once and given back before loading
     adapters: torch.dtype = torch.float32
     autocast: torch.dtype | None = None
     checkpointing: bool = True
@@ -60,7 +61,7 @@ def measure(job: Job, steps: int = 2) -> Figures:
     model = _build(job)
     tracker = Tracker(512, transient=transient, pool=CachingAllocator())
     with FakeTensorMode(allow_non_fake_inputs=True), tracker, CudaOps(job.capability), _autocast_asked(job):
-        _load(model, tracker)
+        _load(model, job, tracker)
         step = _step(model, job, tracker)
         for number in range(steps):
             if number == steps - 1:
@@ -74,17 +75,17 @@ def _build(job: Job) -> Any:
     model = fake.skeleton(job.config, job.dtype, job.attention)
     if job.method == "qlora":
         fake.quantise(model, job.nested, job.dtype)
-        if job.upcast is not None:
-            job.upcast(model)
     if job.method != "full":
         model = fake.adapt(model, job.rank, list(job.targets), job.dropout, job.adapters)
     return model
 
 
-def _load(model: nn.Module, tracker: Tracker) -> None:
-    """Module by module, children first, as nn.Module.to moves them."""
+def _load(model: nn.Module, job: Job, tracker: Tracker) -> None:
     with tracker.role("weights"):
-        fake.materialise(model)
+        if job.method == "qlora":
+            fake.load_quantised(model, job.dtype, job.upcast)
+        else:
+            fake.materialise(model)
     tracker.mark([p for p in model.parameters() if p.requires_grad], "adapters")
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -1,0 +1,142 @@
+"""The published rows, the split that holds half of them back, and each row's job as its source ran it."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peers import losses
+from peers.attention import EFFICIENT, FLASH
+from peers.configs import CONFIGS
+from peers.step import PLAIN, TRAINER, Job
+
+MIB = 1 << 20
+# what makes two rows the same job: rows of one job fall on one side of the split
+INPUTS = (
+    *("source", "model", "method", "rank", "targets", "quant", "weight_dtype", "compute_dtype", "optimizer"),
+    *("micro_batch", "seq_len", "grad_checkpointing", "attention_impl", "loss_impl", "gpus"),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A published measurement; bytes where the source has them."""
+
+    cells: dict[str, str]
+
+    @property
+    def id(self) -> str:
+        return self.cells["id"]
+
+    @property
+    def family(self) -> str:
+        """The source's short name."""
+        source = self.cells["source"]
+        for name in ("fms-acceleration", "fitcheck", "PEFT method_comparison", "LitGPT", "torchtune", "ms-swift", "Qwen"):
+            if source.startswith(name):
+                return name
+        return source.split()[0]
+
+    @property
+    def held_back(self) -> bool:
+        """Whether the row's figure was kept from view while rules were made: half of all jobs, by hash."""
+        return hashlib.sha256("|".join(self.cells[k] for k in INPUTS).encode()).digest()[0] % 2 == 1
+
+    def note(self, pattern: str) -> str | None:
+        """The first group of `pattern` in the notes."""
+        found = re.search(pattern, self.cells["notes"])
+        return None if found is None else found[1]
+
+    @property
+    def allocated(self) -> float | None:
+        """The published peak in bytes, the most exact form there is."""
+        if (exact := self.note(r"\bbytes=(\d+)")) is not None:
+            return float(exact)
+        if (mib := self.note(r"\balloc=([\d.]+)MiB")) is not None:
+            return float(mib) * MIB
+        return None
+
+    @property
+    def reserved(self) -> float | None:
+        mib = self.note(r"\breserved=([\d.]+)MiB")
+        return None if mib is None else float(mib) * MIB
+
+    @property
+    def process(self) -> float | None:
+        mib = self.note(r"nvidia-smi=([\d.]+)MiB") or self.note(r"process\([^)]*\)=([\d.]+)MiB")
+        return None if mib is None else float(mib) * MIB
+
+    @property
+    def framework(self) -> str:
+        return self.note(r"framework=([\w-]+)") or ""
+
+
+def read(path: Path) -> list[Row]:
+    """Every row of a file of published measurements."""
+    with path.open(encoding="utf-8") as lines:
+        return [Row(cells) for cells in csv.DictReader(lines)]
+
+
+def job(row: Row) -> Job | str:
+    """The row's job, or why it is left out."""
+    cells = row.cells
+    if cells["gpus"] != "1":
+        return "several GPUs"
+    if "gptq" in cells["quant"]:
+        return "GPTQ: no kernel here that stands for it"
+    name = re.search(r"JackFram/llama-160m", cells["model"])
+    model = name[0] if name else cells["model"]
+    if model not in CONFIGS:
+        return "no configuration of this model here"
+    maker = {"fitcheck": fitcheck, "fms-acceleration": fms}.get(row.family)
+    return f"{row.family}: its code is not modelled" if maker is None else maker(row, CONFIGS[model])
+
+
+def _common(row: Row, config: dict[str, Any]) -> dict[str, Any]:
+    cells = row.cells
+    return {
+        "config": config,
+        "batch": int(cells["micro_batch"]),
+        "tokens": int(cells["seq_len"]),
+        "method": cells["method"],
+        "rank": int(cells["rank"]) if cells["rank"].isdigit() else 0,
+        "checkpointing": cells["grad_checkpointing"] == "yes",
+    }
+
+
+def fitcheck(row: Row, config: dict[str, Any]) -> Job | str:
+    """scripts/measure.py of fitcheck: a plain loop on a T4, transformers 5.0, no autocast, outputs held to the end."""
+    efficient = "sdpa" in row.cells["attention_impl"]
+    return Job(
+        **_common(row, config),
+        dtype=torch.float16,
+        nested=False,
+        upcast=True,
+        attention=EFFICIENT if efficient else "eager",
+        loss=losses.shifted_labels,
+        loop=PLAIN,
+        capability=(7, 5),
+    )
+
+
+def fms(row: Row, config: dict[str, Any]) -> Job | str:
+    """fms-acceleration's scripts/benchmarks: TRL's SFTTrainer over packed rows on an A100."""
+    if "foak" in row.framework:
+        return "fused kernels of fms-acceleration are not modelled yet"
+    bigcode = config["model_type"] == "gpt_bigcode"
+    return Job(
+        **_common(row, config),
+        targets=("c_attn",) if bigcode else ("q_proj", "k_proj", "v_proj", "o_proj"),
+        dropout=0.1,
+        autocast=torch.bfloat16 if row.note(r"flags bf16=(TRUE|True)") else None,
+        attention=FLASH,
+        loss=losses.shifted_copy,
+        float_logits="transformers4.45" in row.cells["notes"],
+        loop=TRAINER,
+    )
