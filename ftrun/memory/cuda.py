@@ -27,13 +27,14 @@ class Card:
     context: int
 
 
-def workspaces(capability: tuple[int, int]) -> int:
+def workspaces(capability: tuple[int, int], biased: bool = False) -> list[int]:
     """Bytes that cuBLAS takes from the allocator for each thread that multiplies; forward and backward are two.
 
-    aten/src/ATen/cuda/CUDABlas workspaces, getChosenWorkspaceSize (torch 2.4 to 2.10): 2 × 4096 KiB + 8 × 16 KiB, and
-    4096 × 8 KiB on Hopper and later.
+    CUDABlas.cpp and CublasHandlePool.cpp (torch 2.4 to 2.10): getChosenWorkspaceSize is 2 × 4096 KiB + 8 × 16 KiB, on
+    Hopper and later 4096 × 8 KiB; cuBLASLt, which adds a bias while it multiplies (`biased`), takes 1024 KiB more.
     """
-    return 32 * MIB if capability[0] >= 9 else 2 * 4096 * 1024 + 8 * 16 * 1024
+    plain = 32 * MIB if capability[0] >= 9 else 2 * 4096 * 1024 + 8 * 16 * 1024
+    return [plain, MIB] if biased else [plain]
 
 
 class CudaOps(TorchFunctionMode):

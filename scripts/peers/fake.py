@@ -44,10 +44,11 @@ def _materialise(places: Iterable[tuple[nn.Module, str]], made: dict[int, nn.Par
             module._parameters[name] = made[id(old)]
 
 
-def load_quantised(model: nn.Module, dtype: torch.dtype, upcast: bool) -> None:
+def load_quantised(model: nn.Module, dtype: torch.dtype, upcast: str) -> None:
     """As transformers and bitsandbytes load it: in the checkpoint's order, each weight in `dtype` before it is packed.
 
-    upcast: PEFT's prepare_model_for_kbit_training then casts every half parameter that is not packed to float32.
+    upcast: "all", PEFT's prepare_model_for_kbit_training: every half parameter that is not packed goes to float32;
+    "norms", TRL's peft_module_casting_to_bf16 after it: all but the norms go back.
     """
     made: dict[int, nn.Parameter] = {}
     olds = list(model.parameters())  # alive, so that no id is used twice
@@ -63,6 +64,10 @@ def load_quantised(model: nn.Module, dtype: torch.dtype, upcast: bool) -> None:
         for parameter in model.parameters():
             if not parameter.is_meta and parameter.dtype in (torch.float16, torch.bfloat16):
                 parameter.data = parameter.data.float()
+    if upcast == "norms":
+        for name, parameter in model.named_parameters():
+            if not parameter.is_meta and "norm" not in name and parameter.dtype is torch.float32:
+                parameter.data = parameter.data.to(dtype)
     del olds
     made.clear()
     materialise(model)

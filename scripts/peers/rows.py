@@ -117,7 +117,7 @@ def fitcheck(row: Row, config: dict[str, Any]) -> Job | str:
         **_common(row, config),
         dtype=torch.float16,
         nested=False,
-        upcast=True,
+        upcast="all",
         attention=EFFICIENT if efficient else "eager",
         loss=losses.shifted_labels,
         loop=PLAIN,
@@ -129,12 +129,15 @@ def fms(row: Row, config: dict[str, Any]) -> Job | str:
     """fms-acceleration's scripts/benchmarks: TRL's SFTTrainer over packed rows on an A100."""
     if "foak" in row.framework:
         return "fused kernels of fms-acceleration are not modelled yet"
+    trl = row.framework == "baseline-peft-bnb"  # TRL prepares the model; the accelerated plugin casts nothing
     bigcode = config["model_type"] == "gpt_bigcode"
     return Job(
         **_common(row, config),
         targets=("c_attn",) if bigcode else ("q_proj", "k_proj", "v_proj", "o_proj"),
         dropout=0.1,
         autocast=torch.bfloat16 if row.note(r"flags bf16=(TRUE|True)") else None,
+        upcast="norms" if trl else "",
+        adapters=torch.bfloat16 if trl else torch.float32,
         attention=FLASH,
         loss=losses.shifted_copy,
         float_logits="transformers4.45" in row.cells["notes"],

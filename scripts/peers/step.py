@@ -34,8 +34,7 @@ class Job:
     dropout: float = 0.0
     dtype: torch.dtype = torch.bfloat16
     nested: bool = True  # double quantisation
-    upcast: bool = False  # PEFT's k-bit preparation casts what is not packed to float32
-    warm: float = 0.0  # of the weights' bytes, taken at once and given back before loading
+    upcast: str = ""  # what preparation for k-bit training casts to float32: all, norms or nothing
     adapters: torch.dtype = torch.float32
     autocast: torch.dtype | None = None
     checkpointing: bool = True
@@ -114,6 +113,12 @@ def _step(model: Any, job: Job, tracker: Tracker) -> Callable[[int], None]:
     ids = torch.zeros(job.batch, job.tokens, dtype=torch.int64)
     tracker.mark([ids], "batch")
 
+    biased = any(getattr(m, "bias", None) is not None for m in model.modules() if isinstance(m, nn.Linear))
+
+    def workspace() -> None:
+        for nbytes in workspaces(job.capability, biased):
+            tracker.hold(nbytes)
+
     def forward() -> Any:
         if job.autocast is None:
             return model(input_ids=ids, labels=ids)
@@ -126,14 +131,14 @@ def _step(model: Any, job: Job, tracker: Tracker) -> Callable[[int], None]:
 
     def step(number: int) -> None:
         if number == 0:
-            tracker.hold(workspaces(job.capability))
+            workspace()
         optimiser.zero_grad(set_to_none=True)
         tracker.label = "forward"
         out = forward()
         if job.loop == TRAINER:
             out = out["loss"]
         if number == 0:
-            tracker.hold(workspaces(job.capability))
+            workspace()
         tracker.label = "backward"
         (out if job.loop == TRAINER else out.loss).backward()
         tracker.label = "update"
