@@ -44,7 +44,7 @@ def _materialise(places: Iterable[tuple[nn.Module, str]], made: dict[int, nn.Par
             module._parameters[name] = made[id(old)]
 
 
-def load_quantised(model: nn.Module, dtype: torch.dtype, upcast: str) -> None:
+def load_quantised(model: nn.Module, dtype: torch.dtype, upcast: str, warm: bool) -> None:
     """As transformers and bitsandbytes load it: in the checkpoint's order, each weight in `dtype` before it is packed.
 
     upcast: "all", PEFT's prepare_model_for_kbit_training: every half parameter that is not packed goes to float32;
@@ -52,8 +52,8 @@ def load_quantised(model: nn.Module, dtype: torch.dtype, upcast: str) -> None:
     """
     made: dict[int, nn.Parameter] = {}
     olds = list(model.parameters())  # alive, so that no id is used twice
-    count = sum(p.nbytes for p in olds if not p.requires_grad)
-    torch.empty(count, dtype=torch.uint8)  # transformers' caching_allocator_warmup: taken and given back at once
+    if warm:  # transformers' caching_allocator_warmup: taken and given back at once
+        torch.empty(sum(p.nbytes for p in olds if not p.requires_grad), dtype=torch.uint8)
     named = sorted(((n, m) for n, m in model.named_modules()), key=lambda pair: _natural(pair[0]))
     for _, module in named:
         if isinstance(module, Packed):

@@ -17,6 +17,13 @@ def shifted_copy(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **
     return F.cross_entropy(shift_logits, shift_labels.view(-1))
 
 
+def shifted_half(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **kwargs: Any) -> torch.Tensor:
+    """gpt_bigcode's own code in transformers up to 4.48: a shifted copy in the model's dtype."""
+    shift_logits = logits[..., :-1, :].contiguous()
+    shift_labels = labels[..., 1:].contiguous()
+    return F.cross_entropy(shift_logits.view(-1, vocab_size), shift_labels.view(-1))
+
+
 def shifted_labels(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **kwargs: Any) -> torch.Tensor:
     """transformers 4.50 and later: float32 logits, the labels padded and shifted instead."""
     logits = logits.float()

@@ -118,6 +118,8 @@ def fitcheck(row: Row, config: dict[str, Any]) -> Job | str:
         dtype=torch.float16,
         nested=False,
         upcast="all",
+        warm=True,
+        reentrant=False,
         attention=EFFICIENT if efficient else "eager",
         loss=losses.shifted_labels,
         loop=PLAIN,
@@ -127,8 +129,9 @@ def fitcheck(row: Row, config: dict[str, Any]) -> Job | str:
 
 def fms(row: Row, config: dict[str, Any]) -> Job | str:
     """fms-acceleration's scripts/benchmarks: TRL's SFTTrainer over packed rows on an A100."""
-    if "foak" in row.framework:
-        return "fused kernels of fms-acceleration are not modelled yet"
+    fused = "liger" if "liger" in row.framework else "foak" if "foak" in row.framework else ""
+    if fused and row.cells["method"] == "qlora":
+        return "fused LoRA of fms-acceleration is not modelled yet"
     trl = row.framework == "baseline-peft-bnb"  # TRL prepares the model; the accelerated plugin casts nothing
     bigcode = config["model_type"] == "gpt_bigcode"
     return Job(
@@ -139,7 +142,8 @@ def fms(row: Row, config: dict[str, Any]) -> Job | str:
         upcast="norms" if trl else "",
         adapters=torch.bfloat16 if trl else torch.float32,
         attention=FLASH,
-        loss=losses.shifted_copy,
+        loss=losses.fast_shifted if fused else losses.shifted_half if bigcode else losses.shifted_copy,
+        fused=fused,
         float_logits="transformers4.45" in row.cells["notes"],
         loop=TRAINER,
     )

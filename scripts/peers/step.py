@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ftrun.memory.cuda import CudaOps, transient, workspaces
 from ftrun.memory.pool import CachingAllocator
 from ftrun.memory.track import Tracker
-from peers import fake
+from peers import fake, fused
 
 TRAINER, PLAIN = "trainer", "plain"
 
@@ -35,11 +35,14 @@ class Job:
     dtype: torch.dtype = torch.bfloat16
     nested: bool = True  # double quantisation
     upcast: str = ""  # what preparation for k-bit training casts to float32: all, norms or nothing
+    warm: bool = False  # the weights' bytes are taken at once and given back before loading (transformers 4.50 on)
     adapters: torch.dtype = torch.float32
     autocast: torch.dtype | None = None
     checkpointing: bool = True
+    reentrant: bool = True  # the Trainer's own default: a layer computed again holds its output through its backward
     attention: str = "eager"
     loss: Callable[..., torch.Tensor] | None = None
+    fused: str = ""  # fms-acceleration's kernels: norms and rotary embeddings, and "liger" for head and loss at once
     float_logits: bool = False  # the model's own outputs are float32 (transformers before 4.46)
     loop: str = TRAINER
     capability: tuple[int, int] = (8, 0)
@@ -82,13 +85,15 @@ def _build(job: Job) -> Any:
 def _load(model: nn.Module, job: Job, tracker: Tracker) -> None:
     with tracker.role("weights"):
         if job.method == "qlora":
-            fake.load_quantised(model, job.dtype, job.upcast)
+            fake.load_quantised(model, job.dtype, job.upcast, job.warm)
         else:
             fake.materialise(model)
     tracker.mark([p for p in model.parameters() if p.requires_grad], "adapters")
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(lambda p: tracker.mark([p.grad], "gradients"))
+            parameter.register_post_accumulate_grad_hook(
+                lambda p: tracker.mark([p.grad] if p.grad is not None else [], "gradients")
+            )
 
 
 @contextlib.contextmanager
@@ -102,10 +107,12 @@ def _step(model: Any, job: Job, tracker: Tracker) -> Callable[[int], None]:
     base = model.get_base_model() if job.method != "full" else model
     if job.loss is not None:
         base.loss_function = job.loss
-    if job.float_logits:
+    if job.fused:
+        fused.patch(base, job.fused == "liger")
+    if job.float_logits and job.fused != "liger":
         base.lm_head.register_forward_hook(lambda module, args, out: out.float())
     if job.checkpointing:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
+        base.gradient_checkpointing_enable({"use_reentrant": job.reentrant})
         base.enable_input_require_grads()
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
