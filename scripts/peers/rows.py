@@ -130,8 +130,6 @@ def fitcheck(row: Row, config: dict[str, Any]) -> Job | str:
 def fms(row: Row, config: dict[str, Any]) -> Job | str:
     """fms-acceleration's scripts/benchmarks: TRL's SFTTrainer over packed rows on an A100."""
     fused = "liger" if "liger" in row.framework else "foak" if "foak" in row.framework else ""
-    if fused and row.cells["method"] == "qlora":
-        return "fused LoRA of fms-acceleration is not modelled yet"
     trl = row.framework == "baseline-peft-bnb"  # TRL prepares the model; the accelerated plugin casts nothing
     bigcode = config["model_type"] == "gpt_bigcode"
     return Job(

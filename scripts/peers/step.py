@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ftrun.memory.cuda import CudaOps, transient, workspaces
 from ftrun.memory.pool import CachingAllocator
 from ftrun.memory.track import Tracker
-from peers import fake, fused
+from peers import experts, fake, fused, fused_lora
 
 TRAINER, PLAIN = "trainer", "plain"
 
@@ -75,6 +75,8 @@ def measure(job: Job, steps: int = 2) -> Figures:
 
 def _build(job: Job) -> Any:
     model = fake.skeleton(job.config, job.dtype, job.attention)
+    if job.config["model_type"] == "mixtral":
+        experts.replace(model, job.dtype)
     if job.method == "qlora":
         fake.quantise(model, job.nested, job.dtype)
     if job.method != "full":
@@ -109,6 +111,8 @@ def _step(model: Any, job: Job, tracker: Tracker) -> Callable[[int], None]:
         base.loss_function = job.loss
     if job.fused:
         fused.patch(base, job.fused == "liger")
+        if job.method == "qlora":
+            fused_lora.patch(base)
     if job.float_logits and job.fused != "liger":
         base.lm_head.register_forward_hook(lambda module, args, out: out.float())
     if job.checkpointing:
