@@ -7,7 +7,9 @@ from typing import Any
 LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
 
 
-def _of(base: dict[str, Any], vocab: int, hidden: int, inner: int, layers: int, heads: int, kv: int, **more: Any) -> Any:
+def _of(
+    base: dict[str, Any], vocab: int, hidden: int, inner: int, layers: int, heads: int, kv: int, **more: Any
+) -> Any:
     return {
         **base,
         "vocab_size": vocab,

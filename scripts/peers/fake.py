@@ -59,7 +59,9 @@ def load_quantised(model: nn.Module, dtype: torch.dtype, upcast: str, warm: bool
         if isinstance(module, Packed):
             module.load(dtype, made)
         else:
-            _materialise([(module, n) for n, p in module._parameters.items() if p is not None and not _adapter(p)], made)
+            _materialise(
+                [(module, n) for n, p in module._parameters.items() if p is not None and not _adapter(p)], made
+            )
     if upcast:
         for parameter in model.parameters():
             if not parameter.is_meta and parameter.dtype in (torch.float16, torch.bfloat16):
@@ -96,7 +98,9 @@ class Packed(Linear4bit):
         self.weight.compress_statistics, self.weight.quant_type = nested, "nf4"  # type: ignore[attr-defined]
         self.bias = old.bias
         self.register_buffer("code", torch.empty(16, device="meta"))
-        self.register_buffer("absmax", torch.empty(blocks, dtype=torch.uint8 if nested else torch.float32, device="meta"))
+        self.register_buffer(
+            "absmax", torch.empty(blocks, dtype=torch.uint8 if nested else torch.float32, device="meta")
+        )
         if nested:
             self.register_buffer("absmax2", torch.empty(-(-blocks // NESTED_BLOCK), device="meta"))
             self.register_buffer("code2", torch.empty(256, device="meta"))

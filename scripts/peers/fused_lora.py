@@ -1,4 +1,4 @@
-"""fms-acceleration's fused LoRA over bitsandbytes layers (fused_ops/unsloth_lora/bnb/fast_lora.py), tensor by tensor."""
+"""fms-acceleration's fused LoRA over bitsandbytes layers (unsloth_lora/bnb/fast_lora.py), tensor by tensor."""
 
 from __future__ import annotations
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from accelerate.utils.operations import convert_outputs_to_fp32
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ftrun.memory.cuda import CudaOps, transient, workspaces
+from ftrun.memory.cuda import CudaOps, context, transient, workspaces
 from ftrun.memory.pool import CachingAllocator
 from ftrun.memory.track import Tracker
 from peers import experts, fake, fused, fused_lora
@@ -46,6 +45,7 @@ class Job:
     float_logits: bool = False  # the model's own outputs are float32 (transformers before 4.46)
     loop: str = TRAINER
     capability: tuple[int, int] = (8, 0)
+    memory: int = 85_094_000_000  # bytes of the card
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Figures:
 
     allocated: int
     reserved: int
+    process: int  # as nvidia-smi sees it
     label: str
     by_role: dict[str, int]
 
@@ -61,8 +62,8 @@ class Figures:
 def measure(job: Job, steps: int = 2) -> Figures:
     """The peak over `steps` whole steps, as torch.cuda.max_memory_allocated and _reserved would have it."""
     model = _build(job)
-    tracker = Tracker(512, transient=transient, pool=CachingAllocator())
-    with FakeTensorMode(allow_non_fake_inputs=True), tracker, CudaOps(job.capability), _autocast_asked(job):
+    tracker = Tracker(512, transient=transient, pool=CachingAllocator(job.memory - context(job.capability)))
+    with FakeTensorMode(allow_non_fake_inputs=True), tracker, CudaOps(job.capability):
         _load(model, job, tracker)
         step = _step(model, job, tracker)
         for number in range(steps):
@@ -70,7 +71,9 @@ def measure(job: Job, steps: int = 2) -> Figures:
                 tracker.reset_peak()
             step(number)
     assert tracker.pool is not None
-    return Figures(tracker.peak.total, tracker.pool.peak_reserved, tracker.peak.label, tracker.peak.by_role)
+    reserved = tracker.pool.peak_reserved
+    process = reserved + context(job.capability)
+    return Figures(tracker.peak.total, reserved, process, tracker.peak.label, tracker.peak.by_role)
 
 
 def _build(job: Job) -> Any:
@@ -96,12 +99,6 @@ def _load(model: nn.Module, job: Job, tracker: Tracker) -> None:
             parameter.register_post_accumulate_grad_hook(
                 lambda p: tracker.mark([p.grad] if p.grad is not None else [], "gradients")
             )
-
-
-@contextlib.contextmanager
-def _autocast_asked(job: Job) -> Iterator[None]:
-    """torch.is_autocast_enabled() asks for CUDA's, which PEFT and bitsandbytes do."""
-    yield
 
 
 def _step(model: Any, job: Job, tracker: Tracker) -> Callable[[int], None]:
