@@ -2,9 +2,9 @@
 
     python scripts/published.py [--all | --rows ID ...] [--held] [--json FILE] [--data CSV]
 
-Each row's job is its peer's own code (transformers and PEFT on fake tensors, with what its version did otherwise written
-down in scripts/peers), followed by ftrun's tracker. Without options a spread sample, two minutes or so; --all takes about
-fifteen on two cores. Half of all jobs, by hash, were kept from view while rules were made; --held runs those alone.
+Each row's job is its peer's own code (transformers and PEFT on fake tensors; what its version did otherwise is written
+down in scripts/peers), followed by ftrun's tracker. Without options a spread sample, two minutes or so; --all takes
+about twenty on two cores. Half of all jobs, by hash, were kept from view while rules were made; --held runs them alone.
 Exits with 1 where the rows of one GPU and completeness A miss their bounds: median 0.5 %, 95th percentile 2 %.
 """
 

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from peers import losses
-from peers.attention import EFFICIENT, FLASH
+from peers.attention import EFFICIENT, FLASH, FLASH_REPEATED
 from peers.configs import CONFIGS
 from peers.step import PLAIN, TRAINER, Job
 
 MIB = 1 << 20
 FAMILIES = ("fms-acceleration", "fitcheck", "PEFT method_comparison", "LitGPT", "torchtune", "ms-swift", "Qwen")
+PEEKED = {"fms-178"}  # held back by the hash, compared by mistake while rules were made: it counts as looked at
 CARDS = {"fitcheck": 15_637_000_000, "fms-acceleration": 85_094_000_000}  # bytes: Tesla T4, A100-80GB
 # what makes two rows the same job: rows of one job fall on one side of the split
 INPUTS = (
@@ -51,6 +52,8 @@ class Row:
     @property
     def held_back(self) -> bool:
         """Whether the row's figure was kept from view while rules were made: half of all jobs, by hash."""
+        if self.id in PEEKED:
+            return False
         return hashlib.sha256("|".join(self.cells[k] for k in INPUTS).encode()).digest()[0] % 2 == 1
 
     def note(self, pattern: str) -> str | None:
@@ -136,6 +139,9 @@ def fitcheck(row: Row, config: dict[str, Any]) -> Job | str:
 def fms(row: Row, config: dict[str, Any]) -> Job | str:
     """fms-acceleration's scripts/benchmarks: TRL's SFTTrainer over packed rows on an A100."""
     fused = "liger" if "liger" in row.framework else "foak" if "foak" in row.framework else ""
+    old = "transformers4.45" in row.cells["notes"]
+    # MistralFlashAttention2 of 4.45: "repeat k/v heads if n_kv_heads < n_heads"; Llama's and Granite's do not
+    repeated = old and config["model_type"] in ("mistral", "mixtral")
     trl = row.framework == "baseline-peft-bnb"  # TRL prepares the model; the accelerated plugin casts nothing
     bigcode = config["model_type"] == "gpt_bigcode"
     return Job(
@@ -145,10 +151,10 @@ def fms(row: Row, config: dict[str, Any]) -> Job | str:
         autocast=torch.bfloat16 if row.note(r"flags bf16=(TRUE|True)") else None,
         upcast="norms" if trl else "",
         adapters=torch.bfloat16 if trl else torch.float32,
-        attention=FLASH,
+        attention=FLASH_REPEATED if repeated else FLASH,
         loss=losses.fast_shifted if fused else losses.shifted_half if bigcode else losses.shifted_copy,
         fused=fused,
-        float_logits="transformers4.45" in row.cells["notes"],
+        float_logits=old,  # "TODO: remove the float() operation in v4.46"
         loop=TRAINER,
     )
 
