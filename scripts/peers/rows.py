@@ -124,7 +124,8 @@ def fitcheck(row: Row, config: dict[str, Any]) -> Job | str:
     efficient = "sdpa" in row.cells["attention_impl"]
     return Job(
         **_common(row, config),
-        dtype=torch.float16,
+        # measure.py casts what trains to float32 before the optimiser is made
+        dtype=torch.float32 if row.cells["method"] == "full" else torch.float16,
         nested=False,
         upcast="all",
         warm=True,

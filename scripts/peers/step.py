@@ -59,17 +59,22 @@ class Figures:
     by_role: dict[str, int]
 
 
-def measure(job: Job, steps: int = 2) -> Figures:
-    """The peak over `steps` whole steps, as torch.cuda.max_memory_allocated and _reserved would have it."""
+def measure(job: Job, quick: bool = False) -> Figures:
+    """The peak over the second step, as torch.cuda.max_memory_allocated and _reserved would have it.
+
+    quick: the optimiser's state is made without a first step; what the allocator has cached by then differs.
+    """
     model = _build(job)
     tracker = Tracker(512, transient=transient, pool=CachingAllocator(job.memory - context(job.capability)))
     with FakeTensorMode(allow_non_fake_inputs=True), tracker, CudaOps(job.capability):
         _load(model, job, tracker)
-        step = _step(model, job, tracker)
-        for number in range(steps):
-            if number == steps - 1:
-                tracker.reset_peak()
-            step(number)
+        step, make_state = _step(model, job, tracker)
+        if quick:
+            make_state()
+        else:
+            step()
+        tracker.reset_peak()
+        step()
     assert tracker.pool is not None
     reserved = tracker.pool.peak_reserved
     process = reserved + context(job.capability)
@@ -101,8 +106,8 @@ def _load(model: nn.Module, job: Job, tracker: Tracker) -> None:
             )
 
 
-def _step(model: Any, job: Job, tracker: Tracker) -> Callable[[int], None]:
-    """One training step, and all that it needs from before."""
+def _step(model: Any, job: Job, tracker: Tracker) -> tuple[Callable[[], None], Callable[[], None]]:
+    """(one training step, the optimiser's state without one), and all that they need from before."""
     base = model.get_base_model() if job.method != "full" else model
     if job.loss is not None:
         base.loss_function = job.loss
@@ -137,16 +142,27 @@ def _step(model: Any, job: Job, tracker: Tracker) -> Callable[[int], None]:
         finally:
             torch.set_autocast_enabled("cuda", False)
 
-    def step(number: int) -> None:
-        if number == 0:
+    threads: set[str] = set()  # those that have multiplied
+
+    def multiplies(thread: str) -> None:
+        if thread not in threads:
+            threads.add(thread)
             workspace()
+
+    def make_state() -> None:
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+        with tracker.role("optimizer"):
+            optimiser.step()
+
+    def step() -> None:
+        multiplies("forward")
         optimiser.zero_grad(set_to_none=True)
         tracker.label = "forward"
         out = forward()
         if job.loop == TRAINER:
             out = out["loss"]
-        if number == 0:
-            workspace()
+        multiplies("backward")
         tracker.label = "backward"
         (out if job.loop == TRAINER else out.loss).backward()
         tracker.label = "update"
@@ -156,4 +172,4 @@ def _step(model: Any, job: Job, tracker: Tracker) -> Callable[[int], None]:
             optimiser.step()
         gc.collect(0)
 
-    return step
+    return step, make_state
