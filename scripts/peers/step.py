@@ -44,6 +44,9 @@ class Job:
     fused: str = ""  # fms-acceleration's kernels: norms and rotary embeddings, and "liger" for head and loss at once
     float_logits: bool = False  # the model's own outputs are float32 (transformers before 4.46)
     loop: str = TRAINER
+    outputs_held: bool = (
+        False  # the outputs, with the keys and values of every layer, live until the next ones are there
+    )
     capability: tuple[int, int] = (8, 0)
     memory: int = 85_094_000_000  # bytes of the card
 
@@ -142,6 +145,13 @@ def _step(model: Any, job: Job, tracker: Tracker) -> tuple[Callable[[], None], C
         finally:
             torch.set_autocast_enabled("cuda", False)
 
+    held: list[Any] = []
+
+    def keep(out: Any) -> None:
+        config = base.config
+        cache = (job.batch, job.tokens, 2 * config.hidden_size // config.num_attention_heads)
+        held[:] = [out.logits.detach(), [torch.empty(cache, dtype=job.dtype) for _ in range(config.num_hidden_layers)]]
+
     threads: set[str] = set()  # those that have multiplied
 
     def multiplies(thread: str) -> None:
@@ -160,6 +170,8 @@ def _step(model: Any, job: Job, tracker: Tracker) -> tuple[Callable[[], None], C
         optimiser.zero_grad(set_to_none=True)
         tracker.label = "forward"
         out = forward()
+        if job.outputs_held:
+            keep(out)
         if job.loop == TRAINER:
             out = out["loss"]
         multiplies("backward")

@@ -18,8 +18,10 @@ def test_a_request_is_rounded_up_to_512_bytes() -> None:
 
 @pytest.mark.parametrize(
     ("asked", "segment"),
-    [(1, 2 * MIB), (MIB, 2 * MIB), (MIB + 1, 20 * MIB), (10 * MIB - 512, 20 * MIB), (10 * MIB, 10 * MIB)]
-    + [(10 * MIB + 1, 12 * MIB), (21 * MIB, 22 * MIB)],
+    [
+        *((1, 2 * MIB), (MIB, 2 * MIB), (MIB + 1, 20 * MIB), (10 * MIB - 512, 20 * MIB)),
+        *((10 * MIB, 10 * MIB), (10 * MIB + 1, 12 * MIB), (21 * MIB, 22 * MIB)),
+    ],
 )
 def test_segments(asked: int, segment: int) -> None:
     pool = CachingAllocator()
