@@ -46,7 +46,7 @@ class Score:
         """The row as printed."""
         cells, figures = self.row.cells, self.figures
         parts = [f"{cells['model'].split('/')[-1][:24]:24} {cells['method']:5} {self.row.framework[-20:]:20}"]
-        parts.append(f"{cells['micro_batch']:>2} x {cells['seq_len']:4} {'held' if self.row.held_back else 'seen'}")
+        parts.append(f"{cells['micro_batch']:>2} x {cells['seq_len'][:4]:4} {'held' if self.row.held_back else 'seen'}")
         parts.append(f"{figures.allocated / 1e9:8.3f}e9 {_percent(self.allocated)}")
         parts.append(f"reserved {_percent(self.reserved)} process {_percent(self.process)} peak in {figures.label}")
         return f"{self.row.id:13} " + "  ".join(parts)

@@ -11,14 +11,25 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from ftrun.memory.cuda import attention
 
 # "flash" within a name has transformers look for the package
-FLASH, FLASH_REPEATED, EFFICIENT = "peer_fused", "peer_fused_repeated", "peer_efficient"
+FLASH, FLASH_REPEATED, EFFICIENT, MASKED = "peer_fused", "peer_fused_repeated", "peer_efficient", "peer_masked"
 
 
 def register() -> None:
-    """FLASH: flash_attention_2; FLASH_REPEATED: the same after repeat_kv; EFFICIENT: memory-efficient, after it."""
-    for name, function in ((FLASH, _flash), (FLASH_REPEATED, _flash_repeated), (EFFICIENT, _efficient)):
+    """FLASH: flash_attention_2; FLASH_REPEATED: the same after repeat_kv; EFFICIENT: memory-efficient, after it;
+    MASKED: that with a mask."""
+    named = {FLASH: _flash, FLASH_REPEATED: _flash_repeated, EFFICIENT: _efficient, MASKED: _masked}
+    for name, function in named.items():
         AttentionInterface.register(name, function)
         AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
+
+
+def _masked(module: nn.Module, q: Any, k: Any, v: Any, mask: Any, scaling: Any = None, **kwargs: Any) -> Any:
+    """sdpa_attention.py where rows are padded: heads repeated, each layer's own additive copy of the mask."""
+    k, v = repeat_kv(k, q.shape[1] // k.shape[1]), repeat_kv(v, q.shape[1] // v.shape[1])
+    tokens = q.shape[2]
+    bias = q.new_zeros(q.shape[0], 1, tokens, -(-tokens // 16) * 16)[..., :tokens].expand(-1, q.shape[1], -1, -1)
+    out = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, 0.0, False, scale=scaling)[0]
+    return out.transpose(1, 2).contiguous(), None
 
 
 def _flash(module: nn.Module, q: Any, k: Any, v: Any, mask: Any, scaling: Any = None, **kwargs: Any) -> Any:

@@ -37,6 +37,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "meta-llama/Meta-Llama-3-8B": _of(LLAMA, 128256, 4096, 14336, 32, 32, 8),
     "meta-llama/Llama-3.2-1B-Instruct": _of(TIED, 128256, 2048, 8192, 16, 32, 8, head_dim=64),
     "meta-llama/Llama-3.2-3B-Instruct": _of(TIED, 128256, 3072, 8192, 28, 24, 8, head_dim=128),
+    "meta-llama/Llama-3.2-3B": _of(TIED, 128256, 3072, 8192, 28, 24, 8, head_dim=128),
     "Qwen/Qwen2.5-0.5B": _of(QWEN, 151936, 896, 4864, 24, 14, 2),
     "Qwen/Qwen2.5-1.5B-Instruct": _of(QWEN, 151936, 1536, 8960, 28, 12, 2),
     "Qwen/Qwen2.5-Coder-1.5B-Instruct": _of(QWEN, 151936, 1536, 8960, 28, 12, 2),

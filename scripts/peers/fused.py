@@ -5,6 +5,7 @@ Each stand-in follows the kernel's Python side line by line; what Triton writes 
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -75,12 +76,11 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 def patch(model: nn.Module, linear_loss: bool) -> None:
     """Norms, rotary embeddings and, where asked for, the head with its loss."""
-    import sys
-
     norms = [m for m in model.modules() if type(m).__name__.endswith("RMSNorm")]
     for norm in norms:
         norm.forward = (lambda n: lambda x: RMSNorm.apply(x, n.weight))(norm)  # type: ignore[method-assign]
-    sys.modules[type(norms[0]).__module__].apply_rotary_pos_emb = rope  # type: ignore[attr-defined]
+    if norms:
+        sys.modules[type(norms[0]).__module__].apply_rotary_pos_emb = rope  # type: ignore[attr-defined]
     if linear_loss:
         model.lm_head.forward = lambda x: x  # type: ignore[union-attr, method-assign, assignment]
         model.loss_function = _linear_loss(model)  # type: ignore[assignment]

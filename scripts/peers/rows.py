@@ -12,15 +12,17 @@ from typing import Any
 import torch
 
 from peers import losses
-from peers.attention import EFFICIENT, FLASH, FLASH_REPEATED
+from peers.attention import EFFICIENT, FLASH, FLASH_REPEATED, MASKED
 from peers.configs import CONFIGS
 from peers.step import PLAIN, TRAINER, Job
 
 MIB = 1 << 20
 FAMILIES = ("fms-acceleration", "fitcheck", "PEFT method_comparison", "LitGPT", "torchtune", "ms-swift", "Qwen")
 # held back by the hash, but compared before the last rule was made: they count as looked at
-PEEKED = {"fms-178", "fms-040"}
-CARDS = {"fitcheck": 15_637_000_000, "fms-acceleration": 85_094_000_000}  # bytes: Tesla T4, A100-80GB
+PEEKED = {"fms-178", "fms-040", "fms-044", "peft-033"}
+# bytes: Tesla T4, A100-80GB, L40S
+CARDS = {"fitcheck": 15_637_000_000, "fms-acceleration": 85_094_000_000, "PEFT method_comparison": 47_700_000_000}
+LONGEST = 650  # tokens of PEFT's longest batch, unpublished: fitted to peft-033's reserved bytes
 # what makes two rows the same job: rows of one job fall on one side of the split
 INPUTS = (
     *("source", "model", "method", "rank", "targets", "quant", "weight_dtype", "compute_dtype", "optimizer"),
@@ -65,6 +67,8 @@ class Row:
     @property
     def allocated(self) -> float | None:
         """The published peak in bytes, the most exact form there is."""
+        if self.family.startswith("PEFT"):
+            return None
         if (exact := self.note(r"\bbytes=(\d+)")) is not None:
             return float(exact)
         if (mib := self.note(r"\balloc=([\d.]+)MiB")) is not None:
@@ -73,6 +77,8 @@ class Row:
 
     @property
     def reserved(self) -> float | None:
+        if self.family.startswith("PEFT") and (exact := self.note(r"\bbytes=(\d+)")) is not None:
+            return float(exact)
         mib = self.note(r"\breserved=([\d.]+)MiB")
         return None if mib is None else float(mib) * MIB
 
@@ -103,7 +109,7 @@ def job(row: Row) -> Job | str:
     model = name[0] if name else cells["model"]
     if model not in CONFIGS:
         return "no configuration of this model here"
-    maker = {"fitcheck": fitcheck, "fms-acceleration": fms}.get(row.family)
+    maker = {"fitcheck": fitcheck, "fms-acceleration": fms, "PEFT method_comparison": peft}.get(row.family)
     return f"{row.family}: its code is not modelled" if maker is None else maker(row, CONFIGS[model])
 
 
@@ -112,7 +118,7 @@ def _common(row: Row, config: dict[str, Any]) -> dict[str, Any]:
     return {
         "config": config,
         "batch": int(cells["micro_batch"]),
-        "tokens": int(cells["seq_len"]),
+        "tokens": int(cells["seq_len"]) if cells["seq_len"].isdigit() else 0,
         "method": cells["method"],
         "rank": int(cells["rank"]) if cells["rank"].isdigit() else 0,
         "checkpointing": cells["grad_checkpointing"] == "yes",
@@ -134,8 +140,35 @@ def fitcheck(row: Row, config: dict[str, Any]) -> Job | str:
         attention=EFFICIENT if efficient else "eager",
         loss=losses.shifted_labels,
         loop=PLAIN,
+        clip=False,
         capability=(7, 5),
     )
+
+
+def peft(row: Row, config: dict[str, Any]) -> Job | str:
+    """method_comparison/MetaMathQA/run.py of PEFT: a plain loop on an L40S, padded rows, the last outputs held."""
+    if row.cells["method"] not in ("full", "lora", "rslora"):
+        return "PEFT method_comparison: this method's layers are not modelled"
+    if "transformers 5" not in row.cells["notes"]:
+        return "PEFT method_comparison: an older run of the same job, other lengths"
+    common = {**_common(row, config), "batch": 4, "tokens": LONGEST}
+    return Job(
+        **common,
+        targets=("q_proj", "v_proj"),
+        attention=MASKED,
+        loss=losses.shifted_labels,
+        loop=PLAIN,
+        outputs_held="logits",
+        capability=(8, 9),
+    )
+
+
+LOSSES = {
+    (False, False): losses.shifted_copy,
+    (False, True): losses.shifted_half,
+    (True, False): losses.fast_shifted,
+    (True, True): losses.fast_shifted_half,
+}
 
 
 def fms(row: Row, config: dict[str, Any]) -> Job | str:
@@ -154,10 +187,10 @@ def fms(row: Row, config: dict[str, Any]) -> Job | str:
         upcast="norms" if trl else "",
         adapters=torch.bfloat16 if trl else torch.float32,
         attention=FLASH_REPEATED if repeated else FLASH,
-        loss=losses.fast_shifted if fused else losses.shifted_half if bigcode else losses.shifted_copy,
+        loss=LOSSES[bool(fused), bigcode],
         fused=fused,
         # inferred, found in no code: gpt_bigcode's rows that peak in the loss hold the last step's outputs
-        outputs_held=bigcode,
+        outputs_held="cache" if bigcode else "",
         float_logits=old,  # "TODO: remove the float() operation in v4.46"
         loop=TRAINER,
     )

@@ -44,9 +44,9 @@ class Job:
     fused: str = ""  # fms-acceleration's kernels: norms and rotary embeddings, and "liger" for head and loss at once
     float_logits: bool = False  # the model's own outputs are float32 (transformers before 4.46)
     loop: str = TRAINER
-    outputs_held: bool = (
-        False  # the outputs, with the keys and values of every layer, live until the next ones are there
-    )
+    clip: bool = True  # gradients are clipped by their norm
+    # what lives until the next step's outputs are there: "logits", with each layer's keys and values "cache", nothing
+    outputs_held: str = ""
     capability: tuple[int, int] = (8, 0)
     memory: int = 85_094_000_000  # bytes of the card
 
@@ -71,13 +71,13 @@ def measure(job: Job, quick: bool = False) -> Figures:
     tracker = Tracker(512, transient=transient, pool=CachingAllocator(job.memory - context(job.capability)))
     with FakeTensorMode(allow_non_fake_inputs=True), tracker, CudaOps(job.capability):
         _load(model, job, tracker)
-        step, make_state = _step(model, job, tracker)
+        loop = Loop(model, job, tracker)
         if quick:
-            make_state()
+            loop.make_state()
         else:
-            step()
+            loop.step()
         tracker.reset_peak()
-        step()
+        loop.step()
     assert tracker.pool is not None
     reserved = tracker.pool.peak_reserved
     process = reserved + context(job.capability)
@@ -109,9 +109,77 @@ def _load(model: nn.Module, job: Job, tracker: Tracker) -> None:
             )
 
 
-def _step(model: Any, job: Job, tracker: Tracker) -> tuple[Callable[[], None], Callable[[], None]]:
-    """(one training step, the optimiser's state without one), and all that they need from before."""
-    base = model.get_base_model() if job.method != "full" else model
+class Loop:
+    """A job's training loop: whole steps, and what lives from one to the next."""
+
+    def __init__(self, model: Any, job: Job, tracker: Tracker) -> None:
+        self.model, self.job, self.tracker = model, job, tracker
+        self.base = model.get_base_model() if job.method != "full" else model
+        _patch(self.base, job)
+        model.train()
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimiser = torch.optim.AdamW(self.trained, lr=1e-4, foreach=True)
+        self.batch = {name: torch.zeros(job.batch, job.tokens, dtype=torch.int64) for name in ("input_ids", "labels")}
+        tracker.mark(self.batch.values(), "batch")
+        self.biased = any(getattr(m, "bias", None) is not None for m in model.modules() if isinstance(m, nn.Linear))
+        self.held: list[Any] = []
+        self.threads: set[str] = set()
+
+    def make_state(self) -> None:
+        """The optimiser's state without a step."""
+        for parameter in self.trained:
+            parameter.grad = torch.zeros_like(parameter)
+        with self.tracker.role("optimizer"):
+            self.optimiser.step()
+
+    def step(self) -> None:
+        """Forward, backward, update."""
+        self._multiplies("forward")
+        self.optimiser.zero_grad(set_to_none=True)
+        out = self._forward()
+        self._hold(out)
+        loss, out = out["loss"], out if self.job.loop == PLAIN else None
+        self._multiplies("backward")
+        loss.backward()
+        self.tracker.label = "update"
+        if self.job.clip:
+            torch.nn.utils.clip_grad_norm_(self.trained, 1.0, foreach=True)
+        with self.tracker.role("optimizer"):
+            self.optimiser.step()
+        del loss, out
+        gc.collect(0)
+
+    def _multiplies(self, thread: str) -> None:
+        """The first product of a thread makes cuBLAS's workspaces for it."""
+        self.tracker.label = thread
+        if thread not in self.threads:
+            self.threads.add(thread)
+            for nbytes in workspaces(self.job.capability, self.biased):
+                self.tracker.hold(nbytes)
+
+    def _forward(self) -> Any:
+        if self.job.autocast is None:
+            return self.model(**self.batch)
+        # PEFT and bitsandbytes ask whether CUDA's autocast is on; the one that works on fake CPU tensors is the CPU's
+        torch.set_autocast_enabled("cuda", True)
+        try:
+            with torch.autocast("cpu", self.job.autocast):
+                return convert_outputs_to_fp32(self.model)(**self.batch)
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+
+    def _hold(self, out: Any) -> None:
+        """What lives until the next step's outputs are there."""
+        job, config = self.job, self.base.config
+        if job.outputs_held:
+            self.held[:] = [out.logits.detach()]
+        if job.outputs_held == "cache":
+            shape = (job.batch, job.tokens, 2 * config.hidden_size // config.num_attention_heads)
+            self.held += [torch.empty(shape, dtype=job.dtype) for _ in range(config.num_hidden_layers)]
+
+
+def _patch(base: Any, job: Job) -> None:
+    """The model made to compute as the job's version of it did."""
     if job.loss is not None:
         base.loss_function = job.loss
     if job.fused:
@@ -123,65 +191,3 @@ def _step(model: Any, job: Job, tracker: Tracker) -> tuple[Callable[[], None], C
     if job.checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": job.reentrant})
         base.enable_input_require_grads()
-    model.train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=1e-4, foreach=True)
-    ids = torch.zeros(job.batch, job.tokens, dtype=torch.int64)
-    tracker.mark([ids], "batch")
-
-    biased = any(getattr(m, "bias", None) is not None for m in model.modules() if isinstance(m, nn.Linear))
-
-    def workspace() -> None:
-        for nbytes in workspaces(job.capability, biased):
-            tracker.hold(nbytes)
-
-    def forward() -> Any:
-        if job.autocast is None:
-            return model(input_ids=ids, labels=ids)
-        torch.set_autocast_enabled("cuda", True)
-        try:
-            with torch.autocast("cpu", job.autocast):
-                return convert_outputs_to_fp32(model)(input_ids=ids, labels=ids)
-        finally:
-            torch.set_autocast_enabled("cuda", False)
-
-    held: list[Any] = []
-
-    def keep(out: Any) -> None:
-        config = base.config
-        cache = (job.batch, job.tokens, 2 * config.hidden_size // config.num_attention_heads)
-        held[:] = [out.logits.detach(), [torch.empty(cache, dtype=job.dtype) for _ in range(config.num_hidden_layers)]]
-
-    threads: set[str] = set()  # those that have multiplied
-
-    def multiplies(thread: str) -> None:
-        if thread not in threads:
-            threads.add(thread)
-            workspace()
-
-    def make_state() -> None:
-        for parameter in trained:
-            parameter.grad = torch.zeros_like(parameter)
-        with tracker.role("optimizer"):
-            optimiser.step()
-
-    def step() -> None:
-        multiplies("forward")
-        optimiser.zero_grad(set_to_none=True)
-        tracker.label = "forward"
-        out = forward()
-        if job.outputs_held:
-            keep(out)
-        if job.loop == TRAINER:
-            out = out["loss"]
-        multiplies("backward")
-        tracker.label = "backward"
-        (out if job.loop == TRAINER else out.loss).backward()
-        tracker.label = "update"
-        if job.loop == TRAINER:
-            torch.nn.utils.clip_grad_norm_(trained, 1.0, foreach=True)
-        with tracker.role("optimizer"):
-            optimiser.step()
-        gc.collect(0)
-
-    return step, make_state
