@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from ftrun.memory import engine
 from ftrun.memory.cost import Cost, cost_of
+from ftrun.memory.pool import Block, CachingAllocator
 
 Transient = Callable[[Any, Any, Any, Any], Iterable[int]]
 FORWARD, BACKWARD = "forward", "backward"  # of a decoder layer
@@ -87,12 +88,13 @@ class Segment:
 
 
 class Held(NamedTuple):
-    """A storage that is followed: its role, its bytes, what rounding adds, when it was first seen."""
+    """A storage that is followed: its role, its bytes, what rounding adds, when it was first seen, its pool's block."""
 
     role: str
     size: int
     filling: int
     born: int
+    block: Block | None = None
 
 
 class Tracker(TorchDispatchMode):
@@ -101,12 +103,19 @@ class Tracker(TorchDispatchMode):
     rounding: every block is a multiple of so many bytes (512 for CUDA's caching allocator, 1 for none); what that adds
     is booked as ROUNDING. counts: also count each segment's work.
     transient: (op, args, kwargs, out) -> the sizes in bytes of what the target's kernel allocates and frees within it.
+    pool: an allocator to be fed with every request, in order; a storage then counts as its block does.
     """
 
-    def __init__(self, rounding: int = 1, transient: Transient | None = None, counts: bool = False) -> None:
+    def __init__(
+        self,
+        rounding: int = 1,
+        transient: Transient | None = None,
+        pool: CachingAllocator | None = None,
+        counts: bool = False,
+    ) -> None:
         super().__init__()
         engine.exclusive()  # found out now: within an operation autograd is off
-        self.rounding, self.transient, self.counts = rounding, transient, counts
+        self.rounding, self.transient, self.pool, self.counts = rounding, transient, pool, counts
         self.live: dict[int, Held] = {}  # by storage
         self.now = Moment()
         self.segments: list[Segment] = []
@@ -127,6 +136,12 @@ class Tracker(TorchDispatchMode):
     def forget(self) -> None:
         """The segments so far do not count."""
         self.segments.clear()
+
+    def restart(self) -> None:
+        """The segments so far do not count; the one at hand begins anew."""
+        instant = self.segments[-1].instant
+        self.forget()
+        self.begin(instant)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
@@ -178,8 +193,7 @@ class Tracker(TorchDispatchMode):
 
     def hold(self, size: int, role: str = "other") -> None:
         """So many bytes are taken for good by what is no tensor: a library's workspace."""
-        size, filling = self._request(size)
-        _add(self.now, role, size, filling)
+        _add(self.now, role, size, self._request(size)[0])
         self._at_peak()
 
     def _follow(self, tensor: torch.Tensor, role: str) -> int:
@@ -187,9 +201,10 @@ class Tracker(TorchDispatchMode):
         key: int = storage._cdata
         if key in self.live:
             return key
-        size, filling = self._request(storage.nbytes(), key)
+        size = storage.nbytes()
+        filling, block = self._request(size)
         self.tick += 1
-        self.live[key] = Held(role, size, filling, self.tick)
+        self.live[key] = Held(role, size, filling, self.tick, block)
         weakref.finalize(storage, self._drop, key)
         _add(self.now, role, size, filling)
         self._at_peak()
@@ -197,13 +212,14 @@ class Tracker(TorchDispatchMode):
 
     def _pass(self, sizes: Iterable[int]) -> None:
         """Blocks that live within one operation, all at once."""
-        taken = [self._request(size) for size in sizes]
-        for size, filling in taken:
+        taken = [(size, *self._request(size)) for size in sizes]
+        for size, filling, _ in taken:
             _add(self.now, "other", size, filling)
         if taken:
             self._at_peak()
-        for size, filling in taken:
+        for size, filling, block in taken:
             _add(self.now, "other", -size, -filling)
+            self._release(block)
 
     def _hand_over(self, tensor: torch.Tensor) -> None:
         """The tensor's bytes become those of another one, which is followed next."""
@@ -213,9 +229,16 @@ class Tracker(TorchDispatchMode):
             self.live[key] = held._replace(size=0, filling=0)
             _add(self.now, held.role, -held.size, -held.filling)
 
-    def _request(self, size: int, key: int | None = None) -> tuple[int, int]:
-        """(bytes, what rounding adds) of a new block. key: of the storage that it is for; None for a passing one."""
-        return size, -size % self.rounding
+    def _request(self, size: int) -> tuple[int, Block | None]:
+        """(what the allocator adds to a new block of `size` bytes, the pool's block)."""
+        if self.pool is None:
+            return -size % self.rounding, None
+        block = self.pool.malloc(size)
+        return (0 if block is None else block.size) - size, block
+
+    def _release(self, block: Block | None) -> None:
+        if self.pool is not None:
+            self.pool.free(block)
 
     def _at_peak(self) -> None:
         if self.segments and self.now.total > self.segments[-1].peak.total:
@@ -224,6 +247,7 @@ class Tracker(TorchDispatchMode):
     def _drop(self, key: int) -> None:
         held = self.live.pop(key)
         _add(self.now, held.role, -held.size, -held.filling)
+        self._release(held.block)
 
 
 def _add(moment: Moment, role: str, size: int, rounding: int) -> None:

@@ -54,10 +54,10 @@ def test_planned_is_measured(loss: Callable[[torch.Tensor, torch.Tensor], torch.
         x, w = (torch.ones(N, requires_grad=True) for _ in range(2))
         with Tracker() as tracker:
             tracker.mark([x, w], "weights")
-            tracker.reset_peak()
+            tracker.restart()
             before = tracker.now.total
             step()
-            planned = tracker.peak.total - before
+            planned = tracker.peak.peak.total - before
     x, w = (torch.ones(N, requires_grad=True) for _ in range(2))
     step()
     with allocations() as seen:
