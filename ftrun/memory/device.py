@@ -16,6 +16,7 @@ class Options:
     name: str | None = option(None, "what it is called in messages; null = as the machine calls it")
     memory: int | str | None = option(None, "bytes, or as 24GB (1e9 each) or 24GiB (2^30 each); null = as found")
     bf16: bool | None = option(None, "whether it computes in bfloat16; null = as found")
+    capability: float | None = option(None, "CUDA compute capability, 8.9; null = as found", gt=0)
     tflops: float | None = option(
         None, "1e12 operations a second in 16-bit products, by its maker; null = unknown", gt=0
     )
@@ -28,7 +29,6 @@ class Options:
 
 # of the free memory, what can be planned for: the rest is for what no plan sees (fragments, other processes)
 SHARE = {"cpu": 0.9, "cuda": 0.97}
-CONTEXT = 500_000_000  # bytes that CUDA itself takes on a card, before the first tensor
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,21 @@ class Device:
     free_bytes: int
     bf16: bool
     present: bool
+    capability: tuple[int, int] = (0, 0)  # of a CUDA device
+
+    @property
+    def context_bytes(self) -> int:
+        """What CUDA itself takes on the card, before the first tensor."""
+        if self.type == "cpu":
+            return 0
+        from ftrun.memory.cuda import context
+
+        return context(self.capability)
 
     @property
     def usable_bytes(self) -> int:
         """What a job's tensors may take at their peak."""
-        context = CONTEXT if self.type == "cuda" and not self.present else 0
+        context = 0 if self.present else self.context_bytes
         return int(SHARE[self.type] * max(0, self.free_bytes - context))
 
 
@@ -69,7 +79,7 @@ def resolve(options: Options, absent: bool = False) -> Device:
             "device=cuda: expected a CUDA device, or device.memory=24GB to plan for one, found neither; "
             "device=auto takes what there is"
         )
-    return Device("cuda", options.name or "CUDA", asked, asked, options.bf16 is not False, present=False)
+    return Device("cuda", options.name or "CUDA", asked, asked, options.bf16 is not False, False, _split(options))
 
 
 def _cuda(options: Options, asked: int | None) -> Device:
@@ -80,7 +90,15 @@ def _cuda(options: Options, asked: int | None) -> Device:
     name = options.name or torch.cuda.get_device_name()
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if options.bf16 is None else options.bf16
     # a device that is larger than this machine's can only be planned for
-    return Device("cuda", name, ceiling, min(free, ceiling) if ceiling <= total else ceiling, bf16, ceiling <= total)
+    capability = _split(options) if options.capability else torch.cuda.get_device_capability()
+    room = min(free, ceiling) if ceiling <= total else ceiling
+    return Device("cuda", name, ceiling, room, bf16, ceiling <= total, capability)
+
+
+def _split(options: Options) -> tuple[int, int]:
+    """8.9 -> (8, 9); an Ampere card where nothing is said."""
+    major, _, minor = str(options.capability or 8.0).partition(".")
+    return int(major), int(minor)
 
 
 def _cpu(options: Options, asked: int | None) -> Device:

@@ -48,11 +48,12 @@ def report(
     job: Job, quants: list[str] | None, ranks: list[int], seq_lens: list[int], say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Every choice as JSON-able values, and what their speed was judged by."""
-    from ftrun import assemble, speed
+    from ftrun import assemble
     from ftrun.compose import changed
-    from ftrun.fit import Fit
     from ftrun.memory.device import resolve
-    from ftrun.settle import supply_at_hand
+    from ftrun.planning import speed
+    from ftrun.planning.fit import Fit
+    from ftrun.planning.settle import supply_at_hand
 
     def sketch(one: Job) -> assemble.Sketch:
         return assemble.sketch(one, cache_dir(), lambda text: None)

@@ -46,17 +46,17 @@ def run(job: Job, format: str, figure: str | None) -> int:
 def report(job: Job, say: Callable[[str], None]) -> dict[str, Any]:
     """The plan as JSON-able values, with what explains it: modules, paging, cards, savings."""
     from ftrun import assemble
-    from ftrun.advice import Advisor
-    from ftrun.cards import cards, paging
     from ftrun.memory.device import resolve
-    from ftrun.plan import trained_modules
-    from ftrun.settle import settle, supply_at_hand
-    from ftrun.twin import Twin
+    from ftrun.planning.advice import Advisor
+    from ftrun.planning.cards import cards, paging
+    from ftrun.planning.plan import trained_modules
+    from ftrun.planning.settle import settle, supply_at_hand
+    from ftrun.planning.twin import Twin
 
     device = resolve(job.device.typed())
     parts = assemble.sketch(job, cache_dir(), say)
     supply, source = supply_at_hand(job, parts, cache_dir(), say)
-    twin = Twin(job, parts, device.type)
+    twin = Twin(job, parts, device)
     settled = settle(job, twin, supply(job), device, source)
     made = settled.plan
     batches = supply(job)(settled.micro_batch)[1]

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from ftrun import assemble
-from ftrun.advice import Advisor, advise
 from ftrun.early import check_devices
 from ftrun.errors import DoesNotFit, RunFailed, UserError
 from ftrun.evals.answer import answer
@@ -28,12 +27,13 @@ from ftrun.metrics import jsonl
 from ftrun.metrics.console import Console
 from ftrun.metrics.sink import Sink
 from ftrun.models.forward import attention
+from ftrun.planning.advice import Advisor, advise
+from ftrun.planning.settle import refusal, settle, supply_of
+from ftrun.planning.twin import Twin
 from ftrun.runs import Run, read_json, write_json
-from ftrun.settle import refusal, settle, supply_of
 from ftrun.tasks.keep import Keeper
 from ftrun.train.interrupt import stop_requests
 from ftrun.train.loop import Progress, train
-from ftrun.twin import Twin
 from ftrun.values import Batch, EvalRecord, StepRecord
 
 
@@ -62,7 +62,7 @@ class Session:
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self.total = assemble.steps_of(job, self.corpus)
         supply = supply_of(self.corpus, self.pad_id, self.total)
-        twin = Twin(job, self.parts, self.device.type)
+        twin = Twin(job, self.parts, self.device)
         self.settled = settle(job, twin, supply(job), self.device)
         if not self.settled.plan.fits and job.refuse:
             advisor = Advisor(job, twin, self.settled, supply, self.device)

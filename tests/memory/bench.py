@@ -19,7 +19,7 @@ from ftrun.data.rows import in_memory
 from ftrun.job import Job
 from ftrun.memory.device import resolve
 from ftrun.memory.events import allocations, resident_bytes
-from ftrun.plan import Plan, plan
+from ftrun.planning.plan import Plan, plan
 from ftrun.runs import cache_dir
 from ftrun.train.loop import Progress, Work, train
 from ftrun.values import Batch

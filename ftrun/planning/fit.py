@@ -14,9 +14,9 @@ from ftrun.errors import UserError
 from ftrun.job import Job
 from ftrun.memory.cost import Cost
 from ftrun.memory.device import Device
-from ftrun.settle import Settled, Worst, row_counts, settle
-from ftrun.speed import Speed
-from ftrun.twin import CLIPPING, OPTIMISER, Lived, Twin
+from ftrun.planning.settle import Settled, Worst, row_counts, settle
+from ftrun.planning.speed import Speed
+from ftrun.planning.twin import CLIPPING, OPTIMISER, Lived, Twin
 
 _CHUNKS = (128, 512, 2048)  # tokens of logits at once
 _NEAR = 0.97  # a choice this near to the fastest is called as fast
@@ -66,7 +66,7 @@ class Fit:
             parts = self.sketch(job)
         except UserError:
             return  # a quantiser that the method or the model cannot take
-        twin = Twin(job, parts, self.device.type, counts=True)
+        twin = Twin(job, parts, self.device, counts=True)
         found = [self._choice(job, twin, rows, overrides) for rows in row_counts(job)]
         yield from found
         best = max(found, key=_rank)
@@ -75,7 +75,7 @@ class Fit:
                 more = [*overrides, f"loss_chunk={chunk}"]
                 other = changed(self.job, more)
                 rows = int(_value(best.overrides, "micro_batch"))
-                yield self._choice(other, Twin(other, parts, self.device.type, counts=True), rows, more)
+                yield self._choice(other, Twin(other, parts, self.device, counts=True), rows, more)
 
     def _choice(self, job: Job, twin: Twin, rows: int, overrides: list[str]) -> Choice:
         fixed = dataclasses.replace(job, micro_batch=rows)

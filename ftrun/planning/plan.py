@@ -1,6 +1,6 @@
 """The plan of a job: its memory by component, at its peak, between steps and through a step. Reads no weight.
 
-The plan is the run: the figures come of the job's own assembly and training step on fake tensors (ftrun/twin.py).
+The plan is the run: the figures come of the job's own assembly and training step on fake tensors (twin.py).
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ftrun import assemble
-from ftrun.memory.device import CONTEXT, Device
+from ftrun.memory.device import Device
 from ftrun.memory.track import Moment
 from ftrun.methods.base import FILE_PREFIX
 from ftrun.models.select import spans
-from ftrun.twin import Lived, Twin
+from ftrun.planning.twin import Lived, Twin
 from ftrun.values import Batch
 
 
@@ -76,7 +76,7 @@ def plan(
         checkpointing=recomputed,
         lengths=largest.lengths,
         lengths_from=lengths_from,
-        on_top={"CUDA's context": CONTEXT} if device.type == "cuda" else {},
+        on_top={"CUDA's context": device.context_bytes} if device.type == "cuda" else {},
         device={**dataclasses.asdict(device), "usable_bytes": device.usable_bytes},
         fits=peak.peak.total - lived.paged <= device.usable_bytes,
     )

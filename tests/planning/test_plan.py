@@ -12,12 +12,12 @@ import torch
 
 from ftrun import assemble
 from ftrun.compose import compose
-from ftrun.memory.device import resolve
-from ftrun.plan import Plan, plan, trained_modules
+from ftrun.memory.device import Options, resolve
+from ftrun.planning.plan import Plan, plan, trained_modules
+from ftrun.planning.settle import rows_of_seq_len, settle
+from ftrun.planning.twin import Twin
 from ftrun.runs import cache_dir
-from ftrun.settle import rows_of_seq_len, settle
 from ftrun.tasks import train as train_task
-from ftrun.twin import Twin
 from tests.jobs import tiny_base, tiny_job
 
 
@@ -26,7 +26,7 @@ def planned(*overrides: str) -> Plan:
     job = compose(overrides)
     parts = assemble.sketch(job, cache_dir(), print)
     device = resolve(job.device.typed())
-    return settle(job, Twin(job, parts, device.type), rows_of_seq_len(job), device, "seq_len").plan
+    return settle(job, Twin(job, parts, device), rows_of_seq_len(job), device, "seq_len").plan
 
 
 FLOAT32 = ("method=full", "optim=adamw", "model.dtype=float32", "batch=1", "seq_len=64", "device=80gb")
@@ -61,7 +61,7 @@ def test_lora_of_rank_8_on_q_and_v_of_llama_7b() -> None:
 def test_bits_of_a_quantised_parameter(double: str, bits: float) -> None:
     job = compose(["model=llama-7b", "method=qlora", f"quant.double_quant={double}", "seq_len=64", "batch=1"])
     parts = assemble.sketch(job, cache_dir(), print)
-    twin = Twin(job, parts, "cuda")
+    twin = Twin(job, parts, resolve(Options(type="cuda", memory="24GB"), absent=True))
     steady = twin.step(rows_of_seq_len(job)(1)[1], 32).steady.by_role
     quantised = sum(math.prod(m.shape) for m in twin.parts.model.modules() if hasattr(m, "parts"))
     plain = 2 * (2 * 32_000 * 4096 + 65 * 4096)  # embeddings, head and norms stay in 16 bits
@@ -115,14 +115,14 @@ def test_few_layers_extended_equal_all_layers(family: str, sizes: dict, more: li
     batches = rows_of_seq_len(job)(rows)[1]
     layers = {"none": 0, "all": parts.anatomy.depth}.get(str(job.checkpointing), 0)
     layers = job.checkpointing if isinstance(job.checkpointing, int) else layers
-    few, every = (plan(Twin(job, parts, device.type, whole), device, batches, layers) for whole in (False, True))
+    few, every = (plan(Twin(job, parts, device, whole), device, batches, layers) for whole in (False, True))
     assert dataclasses.asdict(few) == dataclasses.asdict(every)
 
 
 def test_a_twin_runs_few_layers_of_a_tall_stack(tmp_path: Path) -> None:
     tiny_base(tmp_path / "llama", "llama", num_hidden_layers=9)
     job = tiny_job(tmp_path, "method=lora")
-    twin = Twin(job, assemble.sketch(job, cache_dir(), print), "cpu")
+    twin = Twin(job, assemble.sketch(job, cache_dir(), print))
     twin.step(rows_of_seq_len(job)(4)[1], 0)
     fake = [any(type(p.data).__name__ == "FakeTensor" for p in layer.parameters()) for layer in twin.layers]
     assert sum(fake) <= 5
@@ -144,7 +144,7 @@ def test_a_run_measures_what_was_planned(more: list[str], tmp_path: Path) -> Non
 def test_modules_are_collapsed_over_equal_layers(tmp_path: Path) -> None:
     tiny_base(tmp_path / "llama", "llama", num_hidden_layers=6)
     job = tiny_job(tmp_path, "method=lora", "rank=4", "layers=1-4", "targets=qv")
-    twin = Twin(job, assemble.sketch(job, cache_dir(), print), "cpu")
+    twin = Twin(job, assemble.sketch(job, cache_dir(), print))
     found = trained_modules(twin)
     assert [(m["layers"], m["module"], m["rank"], m["count"]) for m in found] == [
         ("1-4", "self_attn.q_proj", 4, 4),

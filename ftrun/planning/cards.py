@@ -11,9 +11,9 @@ from ftrun.groups import choices_of, find_choice, read_choice
 from ftrun.job import Job
 from ftrun.memory.device import Options, resolve
 from ftrun.optim.paging import PAGED_FROM
-from ftrun.plan import plan, trained_modules
-from ftrun.settle import Settled
-from ftrun.twin import Twin
+from ftrun.planning.plan import plan, trained_modules
+from ftrun.planning.settle import Settled
+from ftrun.planning.twin import Twin
 from ftrun.values import Batch
 
 
@@ -21,7 +21,7 @@ def cards(
     job: Job, parts: assemble.Sketch, twin: Twin, batches: Sequence[Batch], settled: Settled
 ) -> list[dict[str, Any]]:
     """Each GPU of conf/device: its name, its memory, and whether the job fits it as it is settled; smallest first."""
-    there = twin if twin.device_type == "cuda" else Twin(job, parts, "cuda")
+    there = twin if twin.device.type == "cuda" else Twin(job, parts, resolve(Options(type="cuda", memory="1GB"), True))
     found = []
     for name in choices_of("device"):
         values, _ = read_choice(find_choice("device", name))

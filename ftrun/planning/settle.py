@@ -10,8 +10,8 @@ from ftrun import assemble
 from ftrun.data.load import Corpus
 from ftrun.job import Job
 from ftrun.memory.device import Device
-from ftrun.plan import Plan, plan
-from ftrun.twin import Twin
+from ftrun.planning.plan import Plan, plan
+from ftrun.planning.twin import Twin
 from ftrun.values import Batch
 
 ENOUGH = 2048  # tokens at once beyond which more of them no longer make a device faster

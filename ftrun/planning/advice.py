@@ -12,10 +12,10 @@ from ftrun.compose import changed
 from ftrun.errors import UserError
 from ftrun.job import Job
 from ftrun.memory.device import Device
-from ftrun.plan import Plan, plan
+from ftrun.planning.plan import Plan, plan
+from ftrun.planning.settle import Settled, Worst
+from ftrun.planning.twin import Twin
 from ftrun.runs import cache_dir
-from ftrun.settle import Settled, Worst
-from ftrun.twin import Twin
 
 _OF_THE_STEP = ("micro_batch", "checkpointing", "seq_len")  # keys that leave the model as it is
 _LOOKED_AT = 5  # changes that are planned: those that promise most
@@ -74,7 +74,7 @@ class Advisor:
     def _after(self, overrides: Sequence[str]) -> Advisor:
         job = self._job(overrides)
         alike = all(override.partition("=")[0] in _OF_THE_STEP for override in overrides)
-        twin = self.twin if alike else Twin(job, assemble.sketch(job, cache_dir(), lambda text: None), self.device.type)
+        twin = self.twin if alike else Twin(job, assemble.sketch(job, cache_dir(), lambda text: None), self.device)
         rows, layers = self._rows(job), self._layers(job)
         made = plan(twin, self.device, self.worst(job)(rows)[1], layers)
         return Advisor(job, twin, Settled(rows, layers, made, 0), self.worst, self.device)

@@ -6,8 +6,8 @@ import copy
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,21 +16,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ftrun import assemble
 from ftrun.job import Job
-from ftrun.memory import cpu_kernels, stack
+from ftrun.memory import cpu_kernels, cuda, stack
 from ftrun.memory.cost import Cost
-from ftrun.memory.track import BACKWARD, FORWARD, Instant, Moment, Segment, Tracker
+from ftrun.memory.device import Device, Options, resolve
+from ftrun.memory.pool import BLOCK
+from ftrun.memory.track import Instant, Moment, Segment, Tracker
 from ftrun.methods.base import Wrapper
 from ftrun.methods.files import file_size
-from ftrun.models.forward import TokenLoss
 from ftrun.models.load import prepare
 from ftrun.optim.paging import paged_bytes
+from ftrun.planning.instants import NamedLoss, named
+from ftrun.planning.layers import only, shape_of, signature, to_fake, to_real
 from ftrun.train.loop import Work, accumulate, clip, clip_gradients, update
 from ftrun.values import Batch
 
-CUDA_BLOCK = 512  # bytes: PyTorch's caching allocator rounds every block up to this
 CLIPPING, OPTIMISER = "clipping", "optimiser step"
-# attributes of a module that differ from layer to layer and decide nothing: its place, a wrapper's names
-_PLACES = ("layer_idx", "layer_id", "layer_index", "name", "filed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,14 +64,14 @@ class _Few:
 class Twin:
     """A sketch once more on fake tensors, its method attached. Nothing of the model's size is allocated.
 
-    device_type: "cpu" or "cuda", what the job is planned for. whole: run every layer, for those who doubt.
+    device: what the job is planned for (None: the CPU). whole: run every layer, for those who doubt.
     counts: also count the work of a step.
     """
 
     def __init__(
-        self, job: Job, parts: assemble.Sketch, device_type: str, whole: bool = False, counts: bool = False
+        self, job: Job, parts: assemble.Sketch, device: Device | None = None, whole: bool = False, counts: bool = False
     ) -> None:
-        self.job, self.device_type, self.whole, self.counts = job, device_type, whole, counts
+        self.job, self.device, self.whole, self.counts = job, device or resolve(Options(type="cpu")), whole, counts
         model = copy.deepcopy(parts.model)
         prepare(model, parts.quantiser, parts.base)
         self.parts = dataclasses.replace(parts, model=model, tuner=type(parts.tuner)(parts.tuner.options))
@@ -79,7 +79,7 @@ class Twin:
         self.total, self.trained = assemble.counts(self.parts)
         self.file_bytes = file_size(self.parts.tuner.state(model))
         self.layers = assemble.decoder(self.parts)
-        self.signatures = [_signature(layer) for layer in self.layers]
+        self.signatures = [signature(layer) for layer in self.layers]
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._made: dict[int, Any] = {}
         self._known: dict[Any, _Few] = {}
@@ -121,16 +121,16 @@ class Twin:
 
         A twin that is real once does not plan any more.
         """
-        with _only(self.parts, self.layers, layers):
+        with only(self.parts, self.layers, layers):
             assemble.recompute_first(self.parts, recomputed)
-            _to_real(self.parts.model, device)
+            to_real(self.parts.model, device)
             yield assemble.work(self.job, self.parts, device, total=2)
 
     def _run(self, kinds: tuple[Any, ...], layers: Sequence[int], micro_batches: Sequence[Batch]) -> _Few:
         """The step with these layers alone. What equals an earlier one but for its layers' numbers is not run again."""
-        key = (kinds, tuple(_shape(batch) for batch in micro_batches))
+        key = (kinds, tuple(shape_of(batch) for batch in micro_batches))
         if key not in self._known:
-            with _only(self.parts, self.layers, layers):
+            with only(self.parts, self.layers, layers):
                 assemble.recompute_first(self.parts, sum(recomputed for _, recomputed in kinds))
                 with self._at_work() as (tracker, work):
                     fakes = [batch.each(self.mode.from_tensor) for batch in micro_batches]
@@ -141,29 +141,41 @@ class Twin:
     def _at_work(self) -> Iterator[tuple[Tracker, Work]]:
         """The model as it stands on fake tensors, followed, between two steps."""
         with self.mode:
-            _to_fake(self.parts.model, self._made)
+            to_fake(self.parts.model, self._made)
             tracker = self._tracker(self.counts)
             self.parts.model.train()  # as the loop does: dropout draws masks
-            loss = _Watched(self.parts.model, self.job, tracker)
-            work = assemble.work(self.job, self.parts, torch.device("cpu"), total=2, loss=loss, kind=self.device_type)
-            with tracker:
+            loss = NamedLoss(self.parts.model, self.job, tracker)
+            work = assemble.work(self.job, self.parts, torch.device("cpu"), total=2, loss=loss, kind=self.device.type)
+            with tracker, self._operators():
                 _mark(tracker, self.parts)
+                self._workspaces(tracker)
                 _make_state(work)
                 for tensor in _optimiser_state(work.optimiser):
                     tracker.mark([tensor], "optimizer" if tensor.numel() > 1 else "other")  # counters of steps
                 tracker.forget()
                 yield tracker, work
 
+    def _operators(self) -> AbstractContextManager[Any]:
+        """The operators that the device takes, where they are not the CPU's."""
+        return cuda.CudaOps(self.device.capability) if self.device.type == "cuda" else nullcontext()
+
+    def _workspaces(self, tracker: Tracker) -> None:
+        """What CUDA's libraries keep for themselves: each of the two threads that multiply has its own."""
+        if self.device.type == "cuda":
+            for size in cuda.workspaces(self.device.capability):
+                tracker.hold(size)
+                tracker.hold(size)
+
     def _tracker(self, counts: bool = False) -> Tracker:
-        if self.device_type == "cuda":
-            return Tracker(CUDA_BLOCK, counts=counts)
+        if self.device.type == "cuda":
+            return Tracker(BLOCK, cuda.transient, counts=counts)
         return Tracker(transient=cpu_kernels.transient, counts=counts)
 
     def _take(self, tracker: Tracker, work: Work, fakes: list[Batch]) -> _Few:
         """The step itself."""
         for batch in fakes:
             tracker.mark([batch.input_ids, batch.position_ids, batch.targets], "batch")
-        with _named(self.parts, tracker):
+        with named(self.parts, tracker):
             tracker.begin(Instant("embeddings"))
             accumulate(work, fakes)
         tracker.default_role = "activations"
@@ -192,7 +204,7 @@ class Twin:
 
     def _update_alone(self, layers: Sequence[int]) -> Moment:
         """What the optimiser's step adds at its peak, with these layers alone."""
-        with _only(self.parts, self.layers, layers), self._at_work() as (tracker, work):
+        with only(self.parts, self.layers, layers), self._at_work() as (tracker, work):
             for group in work.optimiser.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = torch.zeros_like(parameter)
@@ -251,160 +263,8 @@ def _sum(moments: Iterable[Moment]) -> Moment:
     return found
 
 
-class _Watched(TokenLoss):
-    """Names the loss's part of a step, and books what it makes as logits."""
-
-    def __init__(self, model: Any, job: Job, tracker: Tracker) -> None:
-        super().__init__(model, job.kernels, job.loss_chunk)
-        self.tracker, self.part = tracker, -1
-
-    def __call__(self, batch: Batch) -> torch.Tensor:
-        self.part += 1
-        self.tracker.part = self.part
-        if self.part:
-            self.tracker.begin(Instant("embeddings", self.part))
-        loss = super().__call__(batch)
-        loss.register_hook(self._backward)
-        return loss
-
-    def score(self, outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
-        if self.fast:
-            self.tracker.begin(Instant("loss", self.part))
-        with self.tracker.role("logits"):
-            return super().score(outputs, batch)
-
-    def _backward(self, gradient: torch.Tensor) -> None:
-        self.tracker.begin(Instant("backward of the loss", self.part))
-        self.tracker.default_role = "logits"
-
-
-@contextmanager
-def _named(parts: assemble.Sketch, tracker: Tracker) -> Iterator[None]:
-    """Each decoder layer's forward and backward pass are segments of their own; the head's product is the loss's."""
-    handles = []
-    for number, layer in enumerate(assemble.decoder(parts)):
-        handles.append(layer.register_forward_pre_hook(_entering(tracker, number)))
-        handles.append(layer.register_forward_hook(_left(tracker, number)))
-    for parameter in parts.model.parameters():
-        if parameter.requires_grad:
-            booked = parameter.register_post_accumulate_grad_hook(lambda p: tracker.mark([p.grad], "gradients"))
-            handles.append(booked)
-    head = parts.model.get_output_embeddings()
-    handles.append(head.register_forward_pre_hook(_scoring(tracker)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _entering(tracker: Tracker, number: int) -> Any:
-    def enter(module: nn.Module, arguments: Any) -> None:
-        tracker.begin(Instant(FORWARD, tracker.part, number))
-
-    return enter
-
-
-def _left(tracker: Tracker, number: int) -> Any:
-    def back(gradient: torch.Tensor, part: int) -> None:
-        tracker.default_role = "activations"
-        tracker.begin(Instant(BACKWARD, part, number))
-
-    def leave(module: nn.Module, arguments: Any, out: Any) -> None:
-        hidden = out if isinstance(out, torch.Tensor) else out[0]
-        if hidden.requires_grad:
-            hidden.register_hook(functools.partial(back, part=tracker.part))
-
-    return leave
-
-
-def _scoring(tracker: Tracker) -> Any:
-    def enter(module: nn.Module, arguments: Any) -> None:
-        # the fast loss has named its part already, chunk by chunk
-        if tracker.segments[-1].instant.name == FORWARD:
-            tracker.begin(Instant("loss", tracker.part))
-            tracker.default_role = "logits"
-
-    return enter
-
-
-@contextmanager
-def _only(parts: assemble.Sketch, layers: Sequence[nn.Module], kept: Sequence[int]) -> Iterator[None]:
-    """The model with `kept` of its decoder's layers alone."""
-    name, config = assemble.stack_name(parts), parts.model.config.get_text_config()
-    before = {"num_hidden_layers": config.num_hidden_layers}
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
-        before["layer_types"] = kinds
-    try:
-        parts.model.set_submodule(name, nn.ModuleList(layers[i] for i in kept))
-        config.num_hidden_layers = len(kept)
-        if kinds is not None:
-            config.layer_types = [kinds[i] for i in kept]
-        yield
-    finally:
-        parts.model.set_submodule(name, nn.ModuleList(layers))
-        for key, value in before.items():
-            setattr(config, key, value)
-
-
-def _signature(layer: nn.Module) -> Hashable:
-    """All that decides what a layer allocates: its modules' kinds, sizes and plain attributes."""
-    return tuple(
-        (name, type(module).__qualname__, _tensors(module._parameters), _tensors(module._buffers), _plain(module))
-        for name, module in layer.named_modules()
-    )
-
-
-def _tensors(held: dict[str, torch.Tensor | None]) -> Hashable:
-    return tuple((n, tuple(t.shape), t.dtype, t.requires_grad) for n, t in held.items() if t is not None)
-
-
-def _plain(module: nn.Module) -> Hashable:
-    kinds = (bool, int, float, str, tuple, type(None))
-    found = {k: v for k, v in vars(module).items() if isinstance(v, kinds) and k not in _PLACES}
-    return tuple((k, repr(v)) for k, v in sorted(found.items()))
-
-
-def _shape(batch: Batch) -> Hashable:
-    learnt = 0 if batch.learnt is None else batch.learnt.numel()
-    return tuple(batch.input_ids.shape), batch.lengths, batch.packed, learnt
-
-
 def _flat(kept: list[list[int]]) -> list[int]:
     return [layer for layers in kept for layer in layers]
-
-
-def _to_fake(model: nn.Module, made: dict[int, Any]) -> None:
-    """Meta tensors become fake CPU tensors; a tied weight stays one. made: by the meta tensor, for the next time."""
-    for module in model.modules():
-        for name, old in list(module._parameters.items()):
-            if old is not None and old.is_meta:
-                module._parameters[name] = made.setdefault(
-                    id(old), (old, nn.Parameter(torch.empty(old.shape, dtype=old.dtype), old.requires_grad))
-                )[1]
-        for name, buffer in list(module._buffers.items()):
-            if buffer is not None and buffer.is_meta:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-
-
-def _to_real(model: nn.Module, device: torch.device) -> None:
-    """Meta tensors become small random numbers on `device`; a tied weight stays one."""
-    made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, old in list(module._parameters.items()):
-            if old is not None:
-                if id(old) not in made:
-                    made[id(old)] = nn.Parameter(_random(old, device), old.requires_grad)
-                module._parameters[name] = made[id(old)]
-        for name, buffer in list(module._buffers.items()):
-            if buffer is not None:
-                module._buffers[name] = _random(buffer, device)
-
-
-def _random(like: torch.Tensor, device: torch.device) -> torch.Tensor:
-    made = torch.empty(like.shape, dtype=like.dtype, device=device)
-    return made.uniform_(-0.02, 0.02) if made.is_floating_point() else made.random_(0, 127)
 
 
 def _mark(tracker: Tracker, parts: assemble.Sketch) -> None:

@@ -15,9 +15,9 @@ from ftrun import assemble
 from ftrun.job import Job
 from ftrun.memory.cost import Cost
 from ftrun.memory.device import Options
-from ftrun.settle import Worst
+from ftrun.planning.settle import Worst
+from ftrun.planning.twin import Twin
 from ftrun.train.loop import accumulate, clip, update
-from ftrun.twin import Twin
 from ftrun.values import Batch
 
 _ROUNDS = 3  # timed steps of a sample, after one that warms up; the fastest counts
@@ -113,8 +113,8 @@ def _sample(
     job: Job, parts: assemble.Sketch, device: torch.device, batch: Batch, layers: int, recomputed: int
 ) -> Sample:
     kept = list(range(min(layers, parts.anatomy.depth)))
-    counted = Twin(job, parts, "cpu", counts=True).alone(kept, [batch], recomputed)
-    with Twin(job, parts, "cpu").real(kept, recomputed, device) as work:
+    counted = Twin(job, parts, counts=True).alone(kept, [batch], recomputed)
+    with Twin(job, parts).real(kept, recomputed, device) as work:
         work.model.train()
         seconds = []
         for _ in range(1 + _ROUNDS):
