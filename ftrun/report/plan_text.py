@@ -171,8 +171,9 @@ def _paging(plan: Mapping[str, Any]) -> Text | None:
     if paging is None:
         return None
     words = (
-        f"paging: {paging['tensors']} of {paging['of']} optimiser tensors can page, {size(paging['bytes'])}: those of "
-        f"{paging['from_elements']:,} elements or more"
+        f"paging: {paging['trained_tensors']} trained tensors, gathered by layer into {paging['of']} optimiser tensors, "
+        f"of which {paging['tensors']} can page, {size(paging['bytes'])}: those of {paging['from_elements']:,} elements "
+        "or more"
     )
     return Text(words if plan["device"]["type"] == "cuda" else f"{words}, on CUDA; on a CPU none does")
 
