@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ftrun import assemble
+from ftrun.cards import paging
 from ftrun.compose import compose
 from ftrun.memory.device import resolve
 from ftrun.plan import Plan, plan, trained_modules
@@ -98,6 +99,14 @@ STACKS = [
     ("qwen3_moe", {"num_hidden_layers": 9}, ["method=lora", "targets=attention", "checkpointing=all"]),
     ("llama", {"num_hidden_layers": 14}, ["method=lora", "layers=every:2", "checkpointing=none", "device=24gb"]),
     ("llama", {"num_hidden_layers": 7}, ["method=lora", "layers=[1,4]", "optim=adafactor"]),
+    ("llama", {"num_hidden_layers": 9}, ["method=qlora", "rank=128", "device=24gb"]),
+    ("llama", {"num_hidden_layers": 9}, ["method=qlora", "rank=5", "optim=paged_adamw_32bit", "device=24gb"]),
+    ("llama", {"num_hidden_layers": 8}, ["method=dora", "rank=7", "optim=adamw_8bit", "optim.weight_decay=0.1"]),
+    ("llama", {"num_hidden_layers": 16}, ["method=lora", "layers=every:2", "optim=paged_lion_8bit", "device=24gb"]),
+    ("gemma3_text", {"num_hidden_layers": 37}, ["method=lora", "targets=[attention,head]", "optim=adamw_8bit"]),
+    ("gpt2", {"n_layer": 9}, ["method=houlsby", "optim=lion", "checkpointing=all"]),
+    ("llama", {"num_hidden_layers": 9}, ["method=full", "optim=paged_adamw_8bit", "device=24gb", "micro_batch=1"]),
+    ("llama", {"num_hidden_layers": 9}, ["method=lora", "rank=3", "optim=adamw_8bit", "optim.lora_plus=16"]),
 ]
 
 
@@ -118,6 +127,29 @@ def test_few_layers_extended_equal_all_layers(family: str, sizes: dict, more: li
     assert dataclasses.asdict(few) == dataclasses.asdict(every)
 
 
+@pytest.mark.parametrize("optim", ["paged_adamw_8bit", "paged_adamw_32bit", "paged_lion_8bit"])
+def test_low_ranks_page(optim: str) -> None:
+    """No matrix of rank 8 is large enough alone; a layer's together are. Two ways of counting agree."""
+    job = compose(["model=llama-7b", "method=qlora", "rank=8", f"optim={optim}", "device=24gb", "seq_len=64"])
+    parts = assemble.sketch(job, cache_dir(), print)
+    twin, device = Twin(job, parts, "cuda"), resolve(job.device.typed())
+    found, said = plan(twin, device, rows_of_seq_len(job)(1)[1], 32), paging(job, twin)
+    assert said is not None
+    assert (said["tensors"], said["of"], said["trained_tensors"]) == (32, 32, 448)
+    weights = {"paged_adamw_8bit": 2, "paged_adamw_32bit": 8, "paged_lion_8bit": 1}
+    assert found.trainable_params == 19_988_480
+    assert found.paged_bytes == said["bytes"] == weights[optim] * found.trainable_params
+
+
+def test_a_buffer_that_is_too_small_does_not_page() -> None:
+    job = compose(["model=llama-7b", "method=qlora", "rank=4", "targets=qv", "device=24gb", "seq_len=64"])
+    twin = Twin(job, assemble.sketch(job, cache_dir(), print), "cuda")
+    said = paging(job, twin)
+    assert said is not None
+    assert (said["tensors"], said["of"], said["bytes"]) == (0, 32, 0)
+    assert plan(twin, resolve(job.device.typed()), rows_of_seq_len(job)(1)[1], 32).paged_bytes == 0
+
+
 def test_a_twin_runs_few_layers_of_a_tall_stack(tmp_path: Path) -> None:
     tiny_base(tmp_path / "llama", "llama", num_hidden_layers=9)
     job = tiny_job(tmp_path, "method=lora")
@@ -127,7 +159,16 @@ def test_a_twin_runs_few_layers_of_a_tall_stack(tmp_path: Path) -> None:
     assert sum(fake) <= 5
 
 
-@pytest.mark.parametrize("more", [["method=lora"], ["method=qlora", "micro_batch=2"], ["method=full"]], ids="-".join)
+MEASURED = [
+    ["method=lora"],
+    ["method=qlora", "micro_batch=2"],
+    ["method=full"],
+    ["method=dora", "rank=5", "optim=paged_adamw_32bit"],
+    ["method=full", "optim=adamw_8bit"],
+]
+
+
+@pytest.mark.parametrize("more", MEASURED, ids="-".join)
 def test_a_run_measures_what_was_planned(more: list[str], tmp_path: Path) -> None:
     job = tiny_job(tmp_path, *more, "steps=6", "eval=none")
     assert train_task.run(job) == 0
