@@ -42,6 +42,7 @@ def build(groups: list[dict[str, Any]], options: Options, device: str) -> torch.
         TwoMoments,
         "adam",
         groups,
+        device,
         betas=options.betas,
         eps=options.eps,
         weight_decay=options.weight_decay,

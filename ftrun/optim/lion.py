@@ -42,6 +42,7 @@ def build(groups: list[dict[str, Any]], options: Options, device: str) -> torch.
         OneMoment,
         "lion",
         groups,
+        device,
         betas=options.betas,
         eps=0.0,
         weight_decay=options.weight_decay,
