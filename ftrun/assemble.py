@@ -11,7 +11,7 @@ import contextlib
 import copy
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from ftrun.models.forward import PACKED, PLAIN, TokenLoss, register_attention
 from ftrun.models.load import fill
 from ftrun.models.select import anatomy as find_anatomy
 from ftrun.models.skeleton import check_length, skeleton
+from ftrun.optim.gather import buckets, gather
 from ftrun.optim.schedule import rate
 from ftrun.train.loop import Work
 from ftrun.train.recompute import keep_all, recompute
@@ -171,7 +172,7 @@ def work(
     kind: the device type that the job is for, where its tensors lie on another (a plan's are fake ones on the CPU).
     """
     options = job.optim.typed()
-    groups = _groups(job, parts, options)
+    groups, gathered = gather(optimiser_buckets(job, parts))
     optimiser = job.optim.load().build(groups, options, kind or device.type)
     low = parts.base.dtype == torch.bfloat16 and not parts.tuner.switchable and _trained_dtype(parts) == torch.float32
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16) if low else contextlib.nullcontext
@@ -179,6 +180,9 @@ def work(
         model=parts.model,
         loss=loss or TokenLoss(parts.model, job.kernels, job.loss_chunk),
         optimiser=optimiser,
+        trained=[p for found in parts.tuner.groups(parts.model).values() for p in found],
+        gather_gradients=gathered.gather_gradients,
+        holder=gathered.holder,
         rates=[g["lr"] for g in groups],
         schedule=lambda step: rate(step, total, options),
         total=total,
@@ -186,6 +190,19 @@ def work(
         clip=options.clip,
         autocast=autocast,
     )
+
+
+def optimiser_buckets(job: Job, parts: Sketch) -> list[dict[str, Any]]:
+    """The optimiser's groups, "params" being lists: the parameters of a list are one tensor to the optimiser.
+
+    Where it gathers, those of one decoder layer are (so that equal layers stay equal), and those outside the layers.
+    """
+    options = job.optim.typed()
+    groups = _groups(job, parts, options)
+    if not options.gathers_below:
+        return [{**group, "params": [[p] for p in group["params"]]} for group in groups]
+    layers: dict[torch.Tensor, Hashable] = {p: n for n, each in enumerate(decoder(parts)) for p in each.parameters()}
+    return buckets(groups, layers.get, options.gathers_below)
 
 
 def _groups(job: Job, parts: Sketch, options: Any) -> list[dict[str, Any]]:

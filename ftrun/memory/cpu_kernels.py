@@ -79,11 +79,11 @@ def _attention(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Sizes:
 
 
 def _attention_backward(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Sizes:
-    """cpu_flash_attention_backward: a tile of scores, one of their gradients, and the rows' sums, a thread."""
+    """cpu_flash_attention_backward: the rows' sums once; a tile of scores and one of their gradients a thread."""
     query, key = args[1], args[2]
     threads = torch.get_num_threads()
     rows, columns = _tile(query.shape[-2], key.shape[-2])
-    yield threads * rows * 4
+    yield rows * 4
     yield 2 * threads * rows * columns * 4
     if query.dtype.itemsize == 2:
         yield 2 * threads * rows * columns * 2

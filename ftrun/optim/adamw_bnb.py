@@ -1,17 +1,18 @@
 """AdamW over bitsandbytes: moments in 8 bits, by blocks of 256 (Dettmers et al. 2022, arXiv:2110.02861), or paged.
 
-bitsandbytes keeps float32 moments where a tensor has under 4,096 elements, and pages only tensors of 1e5 or more.
+bitsandbytes keeps float32 moments where a tensor has under 4,096 elements, and pages only tensors of 1e5 or more: so
+a layer's small parameters are gathered into one (optim/gather.py).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from ftrun.optim.options import OptimOptions, check_betas
-from ftrun.optim.paging import paging_note
+from ftrun.optim.paging import PAGED_FROM, paging_note
 from ftrun.schema import option
 
 
@@ -21,6 +22,8 @@ class Options(OptimOptions):
     eps: float = option(1e-8, "added to the root of the second moment", gt=0)
     bits: int = option(8, "bits of a moment: 8 in blocks of 256 with a scale each, or 32", choices=(8, 32))
     paged: bool = option(False, "moments move to host memory under pressure (CUDA managed memory)")
+
+    gathers_below: ClassVar[int] = PAGED_FROM
 
     def __post_init__(self) -> None:
         super().__post_init__()

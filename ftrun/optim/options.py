@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ftrun.errors import UserError
 from ftrun.schema import option
@@ -19,6 +20,8 @@ class OptimOptions:
     )
     warmup: int | float = option(0.03, "steps of rising rate: below 1 a fraction of the run, else a number", ge=0)
     lora_plus: float = option(1.0, "LoRA+: the rate of B over that of A; 1 = the same", gt=0)
+
+    gathers_below: ClassVar[int] = 0  # elements: smaller parameters of a layer are gathered into one (optim/gather.py)
 
     def __post_init__(self) -> None:
         if self.warmup >= 1 and self.warmup != int(self.warmup):

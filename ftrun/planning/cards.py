@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,8 +9,9 @@ from ftrun import assemble
 from ftrun.groups import choices_of, find_choice, read_choice
 from ftrun.job import Job
 from ftrun.memory.device import Options, resolve
+from ftrun.optim.gather import size_of
 from ftrun.optim.paging import PAGED_FROM
-from ftrun.planning.plan import plan, trained_modules
+from ftrun.planning.plan import plan
 from ftrun.planning.settle import Settled
 from ftrun.planning.twin import Twin
 from ftrun.values import Batch
@@ -36,17 +36,24 @@ def cards(
 def paging(job: Job, twin: Twin) -> dict[str, Any] | None:
     """Which of the optimiser's tensors can page at all; None where the optimiser is none that pages.
 
-    `tensors` of `of`, their `bytes` of moments on CUDA, and the elements that a tensor needs.
+    `tensors` of `of`, into which `trained_tensors` of the model are gathered; their `bytes` of moments on CUDA, and the
+    elements that a tensor needs.
     """
-    if not getattr(job.optim.options, "paged", False):
+    options = job.optim.options
+    if not getattr(options, "paged", False):
         return None
-    sizes = [(math.prod(shape), row["count"]) for row in trained_modules(twin) for shape in row["tensors"].values()]
-    moments = 2 if hasattr(job.optim.options, "eps") else 1
-    each = moments * job.optim.options.bits // 8
-    large = [(size, count) for size, count in sizes if size >= PAGED_FROM]
+    moments = 2 if hasattr(options, "eps") else 1
+    # (parameters, elements, bytes of moments) of each tensor that the optimiser has
+    sizes = [
+        (len(bucket), size_of(bucket), size_of(bucket) * moments * group.get("bits", options.bits) // 8)
+        for group in assemble.optimiser_buckets(job, twin.parts)
+        for bucket in group["params"]
+    ]
+    large = [each for _, elements, each in sizes if elements >= PAGED_FROM]
     return {
-        "tensors": sum(count for _, count in large),
-        "of": sum(count for _, count in sizes),
-        "bytes": sum(size * count * each for size, count in large),
+        "tensors": len(large),
+        "of": len(sizes),
+        "trained_tensors": sum(count for count, _, _ in sizes),
+        "bytes": sum(large),
         "from_elements": PAGED_FROM,
     }

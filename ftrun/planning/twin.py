@@ -150,6 +150,7 @@ class Twin:
                 _mark(tracker, self.parts)
                 self._workspaces(tracker)
                 _make_state(work)
+                work.gather_gradients = tracker.role("gradients")(work.gather_gradients)
                 for tensor in _optimiser_state(work.optimiser):
                     tracker.mark([tensor], "optimizer" if tensor.numel() > 1 else "other")  # counters of steps
                 tracker.forget()
@@ -205,10 +206,9 @@ class Twin:
     def _update_alone(self, layers: Sequence[int]) -> Moment:
         """What the optimiser's step adds at its peak, with these layers alone."""
         with only(self.parts, self.layers, layers), self._at_work() as (tracker, work):
-            for group in work.optimiser.param_groups:
-                for parameter in group["params"]:
-                    parameter.grad = torch.zeros_like(parameter)
-                tracker.mark([p.grad for p in group["params"]], "gradients")
+            for parameter in work.trained:
+                parameter.grad = torch.zeros_like(parameter)
+                tracker.mark([parameter.grad], "gradients")
             tracker.begin(Instant(OPTIMISER))
             update(work)
             return tracker.segments[-1].peak.less(tracker.segments[-1].start)
@@ -241,7 +241,8 @@ def _each_holds(tracker: Tracker, work: Work, layers: Sequence[nn.Module]) -> tu
     tensors = [list(_residents(layer, work)) for layer in layers]
     seen = Counter(key for found in tensors for key in {t.untyped_storage()._cdata for t in found})
     held = [tracker.held(t for t in found if seen[t.untyped_storage()._cdata] == 1) for found in tensors]
-    return held, [paged_bytes(work.optimiser, layer.parameters()) for layer in layers]
+    holders = [{work.holder(parameter) for parameter in layer.parameters()} for layer in layers]
+    return held, [paged_bytes(work.optimiser, own) for own in holders]
 
 
 def _trained(layer: nn.Module) -> int:
@@ -252,7 +253,7 @@ def _residents(layer: nn.Module, work: Work) -> Iterator[torch.Tensor]:
     yield from layer.buffers()
     for parameter in layer.parameters():
         yield parameter
-        state = work.optimiser.state.get(parameter, {})
+        state = work.optimiser.state.get(work.holder(parameter), {})
         yield from (v for v in state.values() if isinstance(v, torch.Tensor))
 
 

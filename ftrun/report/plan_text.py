@@ -170,9 +170,10 @@ def _paging(plan: Mapping[str, Any]) -> Text | None:
     paging = plan["paging"]
     if paging is None:
         return None
+    trained, found, large = paging["trained_tensors"], paging["of"], f"{paging['from_elements']:,}"
     words = (
-        f"paging: {paging['tensors']} of {paging['of']} optimiser tensors can page, {size(paging['bytes'])}: those of "
-        f"{paging['from_elements']:,} elements or more"
+        f"paging: {trained} trained tensors, gathered by layer into {found} for the optimiser: of these "
+        f"{paging['tensors']} can page, {size(paging['bytes'])}, those of {large} elements or more"
     )
     return Text(words if plan["device"]["type"] == "cuda" else f"{words}, on CUDA; on a CPU none does")
 

@@ -38,6 +38,7 @@ class Work:
     model: nn.Module
     loss: Callable[[Batch], torch.Tensor]  # sum over supervised tokens, in nats
     optimiser: torch.optim.Optimizer
+    trained: Sequence[torch.Tensor]  # the model's own parameters; the optimiser's may be flat ones that hold them
     rates: Sequence[float]  # each parameter group's rate at its highest
     schedule: Callable[[int], float]  # step -> multiple of those rates
     total: int  # steps of the whole run
@@ -45,6 +46,10 @@ class Work:
     batches: Callable[[int], Iterator[list[Batch]]] = field(default=lambda step: iter(()))  # each step's, from one on
     memory: Callable[[], tuple[int, int]] = field(default=lambda: (0, 0))  # bytes: held now, peak of the step
     reset_peak: Callable[[], None] = field(default=lambda: None)
+    gather_gradients: Callable[[], None] = field(default=lambda: None)  # from the model's to the optimiser's parameters
+    holder: Callable[[torch.Tensor], torch.Tensor] = field(
+        default=lambda p: p
+    )  # the optimiser's parameter for a model's
     clip: float | None = None  # gradient norm at most
     autocast: Callable[[], Any] = contextlib.nullcontext
     evaluate: Callable[[int], EvalRecord] | None = None
@@ -137,7 +142,7 @@ def accumulate(work: Work, micro_batches: Sequence[Batch]) -> torch.Tensor:
 
 def clip(work: Work) -> torch.Tensor:
     """Scales the gradients down to `work.clip` where their norm is larger; returns the norm before."""
-    return clip_gradients([p for group in work.optimiser.param_groups for p in group["params"]], work.clip)
+    return clip_gradients(work.trained, work.clip)
 
 
 def clip_gradients(parameters: Sequence[torch.Tensor], largest: float | None) -> torch.Tensor:
@@ -147,6 +152,7 @@ def clip_gradients(parameters: Sequence[torch.Tensor], largest: float | None) ->
 
 def update(work: Work) -> None:
     """The optimiser's step; the gradients are freed."""
+    work.gather_gradients()
     work.optimiser.step()
     work.optimiser.zero_grad(set_to_none=True)
 

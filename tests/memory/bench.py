@@ -20,6 +20,7 @@ from ftrun.job import Job
 from ftrun.memory.device import resolve
 from ftrun.memory.events import allocations, resident_bytes
 from ftrun.planning.plan import Plan, plan
+from ftrun.planning.twin import Twin
 from ftrun.runs import cache_dir
 from ftrun.train.loop import Progress, Work, train
 from ftrun.values import Batch
@@ -122,7 +123,8 @@ class Bench:
         parts = assemble.sketch(job, cache, _silent, whole=True)
         batches = self.batches(case, parts)
         recomputed = {"none": 0, "all": parts.anatomy.depth, "some": parts.anatomy.depth // 2}[case.checkpointing]
-        planned = plan(job, parts, resolve(job.device.typed()), batches, recomputed)
+        device = resolve(job.device.typed())
+        planned = plan(Twin(job, parts, device), device, batches, recomputed)
         assert planned.peak_bytes < LIMIT, f"{case}: {planned.peak_bytes:,} bytes"
         assemble.furnish(job, parts, torch.device("cpu"), cache, _silent, recomputed)
         work = assemble.work(job, parts, torch.device("cpu"), total=2)

@@ -13,6 +13,9 @@ import yaml
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ftrun.errors import UserError
+from ftrun.memory import cpu_kernels
+from ftrun.memory.events import allocations
+from ftrun.memory.track import Instant, Tracker
 from ftrun.optim.paging import paged_bytes
 from tests.optim.choices import CHOICES, ROOT, build, options
 
@@ -105,6 +108,33 @@ def test_fake_and_real_states_are_alike(name: str) -> None:
     wide = 400 * 256  # the one tensor that is large enough to page
     paged = {"paged_adamw_8bit": 2 * wide, "paged_adamw_32bit": 8 * wide, "paged_lion_8bit": wide}
     assert seen == [0, paged.get(name, 0)]
+
+
+@pytest.mark.parametrize("name", [c for c in CHOICES if c != "adafactor"])
+def test_a_step_on_fake_tensors_takes_what_a_real_one_does(name: str) -> None:
+    """bitsandbytes' updates on a CPU take temporaries of their parameter's size, and its stand-ins none."""
+
+    def ready() -> tuple[torch.optim.Optimizer, list[torch.nn.Parameter]]:
+        params = [torch.nn.Parameter(torch.ones(s)) for s in ((400, 256), (96, 64), (17, 16))]
+        optimizer = build(name, params)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        return optimizer, params
+
+    optimizer, _ = ready()
+    with allocations() as seen:
+        optimizer.step()
+    with FakeTensorMode():
+        optimizer, params = ready()
+        tracker = Tracker(transient=cpu_kernels.transient)
+        with tracker:
+            held = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+            tracker.mark([*params, *(p.grad for p in params if p.grad is not None), *held], "other")
+            tracker.begin(Instant("step"))
+            optimizer.step()
+        planned = tracker.segments[-1].peak.less(tracker.segments[-1].start).total
+    assert abs(planned - seen.peak) <= 64  # scalars
 
 
 @pytest.mark.parametrize("name", CHOICES)

@@ -13,12 +13,15 @@ import torch
 from ftrun import assemble
 from ftrun.compose import compose
 from ftrun.memory.device import Options, resolve
+from ftrun.planning.cards import paging
 from ftrun.planning.plan import Plan, plan, trained_modules
 from ftrun.planning.settle import rows_of_seq_len, settle
 from ftrun.planning.twin import Twin
 from ftrun.runs import cache_dir
 from ftrun.tasks import train as train_task
 from tests.jobs import tiny_base, tiny_job
+
+A_CARD = resolve(Options(type="cuda", memory="24GB"), absent=True)
 
 
 def planned(*overrides: str) -> Plan:
@@ -61,7 +64,7 @@ def test_lora_of_rank_8_on_q_and_v_of_llama_7b() -> None:
 def test_bits_of_a_quantised_parameter(double: str, bits: float) -> None:
     job = compose(["model=llama-7b", "method=qlora", f"quant.double_quant={double}", "seq_len=64", "batch=1"])
     parts = assemble.sketch(job, cache_dir(), print)
-    twin = Twin(job, parts, resolve(Options(type="cuda", memory="24GB"), absent=True))
+    twin = Twin(job, parts, A_CARD)
     steady = twin.step(rows_of_seq_len(job)(1)[1], 32).steady.by_role
     quantised = sum(math.prod(m.shape) for m in twin.parts.model.modules() if hasattr(m, "parts"))
     plain = 2 * (2 * 32_000 * 4096 + 65 * 4096)  # embeddings, head and norms stay in 16 bits
@@ -99,6 +102,14 @@ STACKS = [
     ("qwen3_moe", {"num_hidden_layers": 9}, ["method=lora", "targets=attention", "checkpointing=all"]),
     ("llama", {"num_hidden_layers": 14}, ["method=lora", "layers=every:2", "checkpointing=none", "device=24gb"]),
     ("llama", {"num_hidden_layers": 7}, ["method=lora", "layers=[1,4]", "optim=adafactor"]),
+    ("llama", {"num_hidden_layers": 9}, ["method=qlora", "rank=128", "device=24gb"]),
+    ("llama", {"num_hidden_layers": 9}, ["method=qlora", "rank=5", "optim=paged_adamw_32bit", "device=24gb"]),
+    ("llama", {"num_hidden_layers": 8}, ["method=dora", "rank=7", "optim=adamw_8bit", "optim.weight_decay=0.1"]),
+    ("llama", {"num_hidden_layers": 16}, ["method=lora", "layers=every:2", "optim=paged_lion_8bit", "device=24gb"]),
+    ("gemma3_text", {"num_hidden_layers": 37}, ["method=lora", "targets=[attention,head]", "optim=adamw_8bit"]),
+    ("gpt2", {"n_layer": 9}, ["method=houlsby", "optim=lion", "checkpointing=all"]),
+    ("llama", {"num_hidden_layers": 9}, ["method=full", "optim=paged_adamw_8bit", "device=24gb", "micro_batch=1"]),
+    ("llama", {"num_hidden_layers": 9}, ["method=lora", "rank=3", "optim=adamw_8bit", "optim.lora_plus=16"]),
 ]
 
 
@@ -119,6 +130,29 @@ def test_few_layers_extended_equal_all_layers(family: str, sizes: dict, more: li
     assert dataclasses.asdict(few) == dataclasses.asdict(every)
 
 
+@pytest.mark.parametrize("optim", ["paged_adamw_8bit", "paged_adamw_32bit", "paged_lion_8bit"])
+def test_low_ranks_page(optim: str) -> None:
+    """No matrix of rank 8 is large enough alone; a layer's together are. Two ways of counting agree."""
+    job = compose(["model=llama-7b", "method=qlora", "rank=8", f"optim={optim}", "device=24gb", "seq_len=64"])
+    parts = assemble.sketch(job, cache_dir(), print)
+    twin, device = Twin(job, parts, A_CARD), resolve(job.device.typed())
+    found, said = plan(twin, device, rows_of_seq_len(job)(1)[1], 32), paging(job, twin)
+    assert said is not None
+    assert (said["tensors"], said["of"], said["trained_tensors"]) == (32, 32, 448)
+    weights = {"paged_adamw_8bit": 2, "paged_adamw_32bit": 8, "paged_lion_8bit": 1}
+    assert found.trainable_params == 19_988_480
+    assert found.paged_bytes == said["bytes"] == weights[optim] * found.trainable_params
+
+
+def test_a_buffer_that_is_too_small_does_not_page() -> None:
+    job = compose(["model=llama-7b", "method=qlora", "rank=4", "targets=qv", "device=24gb", "seq_len=64"])
+    twin = Twin(job, assemble.sketch(job, cache_dir(), print), A_CARD)
+    said = paging(job, twin)
+    assert said is not None
+    assert (said["tensors"], said["of"], said["bytes"]) == (0, 32, 0)
+    assert plan(twin, resolve(job.device.typed()), rows_of_seq_len(job)(1)[1], 32).paged_bytes == 0
+
+
 def test_a_twin_runs_few_layers_of_a_tall_stack(tmp_path: Path) -> None:
     tiny_base(tmp_path / "llama", "llama", num_hidden_layers=9)
     job = tiny_job(tmp_path, "method=lora")
@@ -128,7 +162,17 @@ def test_a_twin_runs_few_layers_of_a_tall_stack(tmp_path: Path) -> None:
     assert sum(fake) <= 5
 
 
-@pytest.mark.parametrize("more", [["method=lora"], ["method=qlora", "micro_batch=2"], ["method=full"]], ids="-".join)
+MEASURED = [
+    ["method=lora"],
+    ["method=qlora", "micro_batch=2"],
+    ["method=full"],
+    ["method=dora", "rank=5", "optim=paged_adamw_32bit"],
+    ["method=full", "optim=adamw_8bit", "seq_len=32", "batch=1"],  # the optimiser's step is the peak
+    ["method=lora", "rank=64", "optim=lion", "seq_len=32", "batch=1", "checkpointing=all"],
+]
+
+
+@pytest.mark.parametrize("more", MEASURED, ids="-".join)
 def test_a_run_measures_what_was_planned(more: list[str], tmp_path: Path) -> None:
     job = tiny_job(tmp_path, *more, "steps=6", "eval=none")
     assert train_task.run(job) == 0

@@ -9,6 +9,8 @@ import torch
 
 from ftrun import assemble
 from ftrun.errors import Interrupted, RunFailed
+from ftrun.optim import adamw_bnb
+from ftrun.optim.paging import PAGED_FROM
 from ftrun.runs import cache_dir
 from ftrun.train.loop import Progress, gradients, train
 from ftrun.values import Batch
@@ -72,6 +74,39 @@ def ready(tmp_path: Path, *more: str, total: int = 4):  # type: ignore[no-untype
     work = assemble.work(job, parts, torch.device("cpu"), total)
     work.batches = lambda start: iter([assemble.step_batches(job, corpus, 4, 0, s) for s in range(start, total)])
     return work
+
+
+@pytest.mark.parametrize("more", [("method=lora", "rank=5"), ("method=dora",), ("method=full",)], ids="-".join)
+def test_gathered_parameters_train_as_they_do_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
+) -> None:
+    """Losses, gradient norms and weights, bit for bit; with clipping, several micro-batches and two decays."""
+    common = (*more, "optim=paged_adamw_32bit", "optim.weight_decay=0.1", "optim.clip=0.5", "lr=1e-2", "batch=8")
+    found = []
+    for below in (PAGED_FROM, 0):
+        monkeypatch.setattr(adamw_bnb.Options, "gathers_below", below)
+        work = ready(tmp_path, *common)
+        records = [(r.loss, r.grad_norm, r.lr) for r in train(work, Progress())]
+        found.append((records, [p.detach().clone() for p in work.model.parameters()]))
+        known = sum(len(group["params"]) for group in work.optimiser.param_groups)
+        assert (known < len(work.trained)) == bool(below)
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
+def test_weights_that_are_loaded_reach_the_optimiser(tmp_path: Path) -> None:
+    """As in a run that goes on: the adapter's state is read after the optimiser was made."""
+    job = tiny_job(tmp_path, "method=lora", "optim=adamw_8bit")
+    parts, _ = built(job)
+    work = assemble.work(job, parts, torch.device("cpu"), total=1)
+    before = {name: tensor.clone() + 1 for name, tensor in parts.tuner.state(parts.model).items()}
+    parts.tuner.load_state(parts.model, before)
+    assert all(torch.equal(t, before[n]) for n, t in parts.tuner.state(parts.model).items())
+    held = sum(float(p.detach().sum()) for group in work.optimiser.param_groups for p in group["params"])
+    assert held == pytest.approx(sum(float(t.sum()) for t in before.values()), rel=1e-5)
+    storages = {work.holder(p).untyped_storage()._cdata for p in work.trained}
+    assert storages == {p.untyped_storage()._cdata for p in work.trained}
+    assert len(storages) == 2  # a layer each
 
 
 def test_records_follow_the_schedule(tmp_path: Path) -> None:
