@@ -188,6 +188,7 @@ def work(
         total=total,
         device=device,
         clip=options.clip,
+        foreach=True if (kind or device.type) == "cuda" else None,
         autocast=autocast,
     )
 

@@ -18,7 +18,7 @@ from ftrun.planning.twin import Twin
 from ftrun.runs import cache_dir
 
 _OF_THE_STEP = ("micro_batch", "checkpointing", "seq_len")  # keys that leave the model as it is
-_LOOKED_AT = 5  # changes that are planned: those that promise most
+_LOOKED_AT = 4  # changes that are planned: those that promise most
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Advisor:
         """The shortest list of changes that fits, each the one that then saves most; None where none does."""
         overrides: list[str] = []
         at = self
-        for _ in range(6):
+        for _ in range(5):
             best = at.savings(1)
             if not best:
                 return None

@@ -83,6 +83,7 @@ class Twin:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._made: dict[int, Any] = {}
         self._known: dict[Any, _Few] = {}
+        self._lived: dict[Any, Lived] = {}
         self._ends: dict[str, Moment] = {}  # what clipping and the optimiser's step add at their peaks
 
     @property
@@ -95,6 +96,12 @@ class Twin:
 
         recomputed: how many of the first decoder layers are computed again in the backward pass.
         """
+        key = (recomputed, tuple(shape_of(batch) for batch in micro_batches))
+        if key not in self._lived:
+            self._lived[key] = self._step(micro_batches, recomputed)
+        return self._lived[key]
+
+    def _step(self, micro_batches: Sequence[Batch], recomputed: int) -> Lived:
         flags = [index < recomputed for index in range(len(self.layers))]
         kinds = list(zip(self.signatures, flags, strict=True))
         runs = [stack.Run(n, 1, 1) for n in range(len(kinds))] if self.whole else stack.runs(kinds)
@@ -106,7 +113,7 @@ class Twin:
         numbered = [dataclasses.replace(s, instant=s.instant.renumbered(layers)) for s in few.lived.segments]
         segments = stack.extend(runs, numbered, held)
         if held:
-            self._extend_end(segments, layers)
+            self._extend_end(segments, layers, few.lived.segments[-2:])
         paged = sum(run.left_out * sum(few.paged[n] for n in places) for run, places in middle.items())
         return Lived(segments, stack.grown(few.lived.steady, held), few.lived.paged + paged)
 
@@ -184,48 +191,60 @@ class Twin:
         held, paged = _each_holds(tracker, work, assemble.decoder(self.parts))
         return _Few(Lived(tracker.segments, tracker.now.copy(), paged_bytes(work.optimiser)), held, paged)
 
-    def _extend_end(self, segments: list[Segment], kept: Sequence[int]) -> None:
-        """The peaks of clipping and of the optimiser's step, and their work: they hang on all that trains."""
+    def _extend_end(self, segments: list[Segment], kept: Sequence[int], ends: Sequence[Segment]) -> None:
+        """The peaks of clipping and of the optimiser's step, and their work: they hang on all the weights that train.
+
+        ends: these two segments of the step with the `kept` layers alone.
+        """
         if not self._ends:
-            self._ends = {CLIPPING: self._clipping(), OPTIMISER: self._updating()}
+            self._ends = self._all_ends(kept, ends)
         there = self.trained - sum(_trained(layer) for n, layer in enumerate(self.layers) if n not in kept)
         for segment in segments:
             if segment.instant.name in self._ends:
                 segment.cost = Cost().plus(segment.cost, self.trained / there)
                 segment.peak = segment.start.plus(self._ends[segment.instant.name])
 
-    def _updating(self) -> Moment:
-        """What the optimiser's step adds at its peak: it grows evenly with each run's layers."""
+    def _all_ends(self, kept: Sequence[int], ends: Sequence[Segment]) -> dict[str, Moment]:
+        """What the ends of a step add at their peaks: that grows evenly with each run's layers."""
         runs = stack.runs(self.signatures)
-        few = found = self._update_alone([layer for run in runs for layer in run.layers()])
+        layers = [layer for run in runs for layer in run.layers()]
+        few = _added(ends) if list(kept) == layers else self._ends_alone(layers)
+        found = dict(few)
         for run in (run for run in runs if run.left_out):
-            layers = [layer for r in runs for layer in r.layers(more=int(r is run))]
-            found = found.plus(self._update_alone(layers).less(few), run.left_out)
-        return found
+            more = self._ends_alone([layer for r in runs for layer in r.layers(more=int(r is run))])
+            found = {name: moment.plus(more[name].less(few[name]), run.left_out) for name, moment in found.items()}
+        return {**found, CLIPPING: self._clipping()} if self.device.type == "cuda" else found
 
-    def _update_alone(self, layers: Sequence[int]) -> Moment:
-        """What the optimiser's step adds at its peak, with these layers alone."""
+    def _ends_alone(self, layers: Sequence[int]) -> dict[str, Moment]:
+        """What the ends of a step with these layers alone add at their peaks."""
         with only(self.parts, self.layers, layers), self._at_work() as (tracker, work):
             for parameter in work.trained:
                 parameter.grad = torch.zeros_like(parameter)
                 tracker.mark([parameter.grad], "gradients")
-            tracker.begin(Instant(OPTIMISER))
-            update(work)
-            return tracker.segments[-1].peak.less(tracker.segments[-1].start)
+            _end(tracker, work)
+            return _added(tracker.segments[-2:])
 
     def _clipping(self) -> Moment:
-        """What clipping adds at its peak: it lists all norms in one block, whose rounding no layer's share tells."""
+        """What clipping adds at its peak on CUDA: all norms in one block, whose rounding no layer's share tells.
+
+        It takes nothing of a gradient's size, so that small ones stand for all.
+        """
         with self.mode:
-            found = [p for group in self.parts.tuner.groups(self.parts.model).values() for p in group]
-            trained = [nn.Parameter(torch.empty(p.shape, dtype=p.dtype)) for p in found]
-            for parameter in trained:
+            trained = [p for group in self.parts.tuner.groups(self.parts.model).values() for p in group]
+            small = {p.dtype: nn.Parameter(torch.empty(1, dtype=p.dtype)) for p in trained}
+            for parameter in small.values():
                 parameter.grad = torch.empty_like(parameter)
             tracker = self._tracker()
-            with tracker:
-                tracker.mark([p.grad for p in trained if p.grad is not None], "gradients")
+            with tracker, self._operators():
+                tracker.mark([p.grad for p in small.values() if p.grad is not None], "gradients")
                 tracker.begin(Instant(CLIPPING))
-                clip_gradients(trained, self.job.optim.options.clip)
+                clip_gradients([small[p.dtype] for p in trained], self.job.optim.options.clip, foreach=True)
             return tracker.segments[-1].peak.less(tracker.segments[-1].start)
+
+
+def _added(segments: Sequence[Segment]) -> dict[str, Moment]:
+    """What each segment adds, at its peak, to what was live as it began."""
+    return {segment.instant.name: segment.peak.less(segment.start) for segment in segments}
 
 
 def _end(tracker: Tracker, work: Work) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from ftrun.report.plan_text import ROLES, size
+from ftrun.report.plan_text import ROLES, part_of, size
 
 _COLOURS = {
     "weights": "#4269d0",
@@ -97,10 +97,12 @@ def _names(timeline: Sequence[Mapping[str, Any]], wide: float, floor: float) -> 
     """The parts of the step below the areas, on two lines where they would meet."""
     found, last, line = [], None, 0
     for number, instant in enumerate(timeline):
-        kind = instant["at"].partition(" of layer")[0].partition(",")[0]
+        kind = part_of(instant)
         if kind != last:
             x = _LEFT + number * wide
             found.append(f"<line x1='{x:.1f}' x2='{x:.1f}' y1='{floor}' y2='{floor + 8 + 18 * line}' stroke='#0006'/>")
-            found.append(_text(x + 3, floor + 16 + 18 * line, kind))
+            late = x > _WIDTH - 150  # its name stands before the mark, or it would leave the picture
+            place = "text-anchor='end'" if late else ""
+            found.append(_text(x - 3 if late else x + 3, floor + 16 + 18 * line, kind, place))
             last, line = kind, (line + 1) % 3
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -139,17 +140,21 @@ def _cell(column: Mapping[str, Any], level: float) -> tuple[str, str]:
 
 
 def _columns(timeline: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """At most _WIDE instants: of neighbours the highest; `first` where a new part of the step begins."""
-    share = max(1.0, len(timeline) / _WIDE)
+    """About _WIDE instants: of neighbours the highest. Each part of the step has one; `first` marks its first."""
     found: list[dict[str, Any]] = []
-    last = None
-    for number in range(min(len(timeline), _WIDE)):
-        group = timeline[int(number * share) : max(int((number + 1) * share), int(number * share) + 1)]
-        kind = group[0]["at"].partition(" of layer")[0].partition(",")[0]
-        highest = max(group, key=lambda instant: instant["bytes"])
-        found.append({**highest, "at": kind, "first": kind != last})
-        last = kind
+    for part, instants in itertools.groupby(timeline, key=part_of):
+        there = list(instants)
+        count = max(1, len(there) * _WIDE // max(_WIDE, len(timeline)))
+        for number in range(count):
+            group = there[number * len(there) // count : (number + 1) * len(there) // count]
+            highest = max(group, key=lambda instant: instant["bytes"])
+            found.append({**highest, "at": part, "first": number == 0})
     return found
+
+
+def part_of(instant: Mapping[str, Any]) -> str:
+    """The part of a step that an instant belongs to: "backward" of "backward of layer 31, micro-batch 2"."""
+    return str(instant["at"]).partition(" of layer")[0].partition(",")[0]
 
 
 def _modules(rows: Sequence[Mapping[str, Any]]) -> Table:

@@ -51,6 +51,7 @@ class Work:
         default=lambda p: p
     )  # the optimiser's parameter for a model's
     clip: float | None = None  # gradient norm at most
+    foreach: bool | None = None  # clip all gradients by one call; None: as torch sees fit
     autocast: Callable[[], Any] = contextlib.nullcontext
     evaluate: Callable[[int], EvalRecord] | None = None
     evaluate_every: int | None = None
@@ -142,12 +143,14 @@ def accumulate(work: Work, micro_batches: Sequence[Batch]) -> torch.Tensor:
 
 def clip(work: Work) -> torch.Tensor:
     """Scales the gradients down to `work.clip` where their norm is larger; returns the norm before."""
-    return clip_gradients(work.trained, work.clip)
+    return clip_gradients(work.trained, work.clip, work.foreach)
 
 
-def clip_gradients(parameters: Sequence[torch.Tensor], largest: float | None) -> torch.Tensor:
+def clip_gradients(
+    parameters: Sequence[torch.Tensor], largest: float | None, foreach: bool | None = None
+) -> torch.Tensor:
     """Clips the gradients of `parameters` to a norm of `largest` (None: only measures); returns the norm before."""
-    return torch.nn.utils.clip_grad_norm_(parameters, math.inf if largest is None else largest)
+    return torch.nn.utils.clip_grad_norm_(parameters, math.inf if largest is None else largest, foreach=foreach)
 
 
 def update(work: Work) -> None:
