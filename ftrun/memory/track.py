@@ -150,9 +150,12 @@ class Tracker(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if reused is not None:
             self._hand_over(reused)
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
-                self._follow(leaf, self.default_role)
+        if isinstance(out, torch.Tensor):  # by far the most
+            self._follow(out, self.default_role)
+        else:
+            for leaf in tree_leaves(out):
+                if isinstance(leaf, torch.Tensor):
+                    self._follow(leaf, self.default_role)
         if self.transient is not None:
             self._pass(self.transient(func, args, kwargs or {}, out))
         if self.counts and self.segments:

@@ -227,19 +227,18 @@ class Twin:
     def _clipping(self) -> Moment:
         """What clipping adds at its peak on CUDA: all norms in one block, whose rounding no layer's share tells.
 
-        It takes nothing of a gradient's size, so that small ones stand for all.
+        It takes nothing of a gradient's size, so that small ones stand for all, and they may as well be real.
         """
-        with self.mode:
-            trained = [p for group in self.parts.tuner.groups(self.parts.model).values() for p in group]
-            small = {p.dtype: nn.Parameter(torch.empty(1, dtype=p.dtype)) for p in trained}
-            for parameter in small.values():
-                parameter.grad = torch.empty_like(parameter)
-            tracker = self._tracker()
-            with tracker, self._operators():
-                tracker.mark([p.grad for p in small.values() if p.grad is not None], "gradients")
-                tracker.begin(Instant(CLIPPING))
-                clip_gradients([small[p.dtype] for p in trained], self.job.optim.options.clip, foreach=True)
-            return tracker.segments[-1].peak.less(tracker.segments[-1].start)
+        trained = [p.dtype for group in self.parts.tuner.groups(self.parts.model).values() for p in group]
+        small = {dtype: nn.Parameter(torch.zeros(1, dtype=dtype)) for dtype in trained}
+        for parameter in small.values():
+            parameter.grad = torch.zeros_like(parameter)
+        tracker = self._tracker()
+        with tracker:
+            tracker.mark([p.grad for p in small.values() if p.grad is not None], "gradients")
+            tracker.begin(Instant(CLIPPING))
+            clip_gradients([small[dtype] for dtype in trained], self.job.optim.options.clip, foreach=True)
+        return tracker.segments[-1].peak.less(tracker.segments[-1].start)
 
 
 def _added(segments: Sequence[Segment]) -> dict[str, Moment]:

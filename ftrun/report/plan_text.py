@@ -37,8 +37,13 @@ def size(count: float) -> str:
 
 
 def render(plan: Mapping[str, Any], console: Console) -> None:
-    """Print the whole plan, as `ftrun plan format=json` has it."""
+    """Print the plan itself, as `ftrun plan format=json` has it."""
     console.print(Group(*[part for part in _parts(plan) if part is not None]), soft_wrap=False)
+
+
+def render_advice(plan: Mapping[str, Any], console: Console) -> None:
+    """Print what common cards and other settings make of the job, and whether it fits."""
+    console.print(Group(_cards(plan["cards"]), _savings(plan), _verdict(plan)), soft_wrap=False)
 
 
 def _parts(plan: Mapping[str, Any]) -> list[Any]:
@@ -55,9 +60,6 @@ def _parts(plan: Mapping[str, Any]) -> list[Any]:
         _modules(plan["modules"]),
         Text(),
         _paging(plan),
-        _cards(plan["cards"]),
-        _savings(plan),
-        _verdict(plan),
     ]
 
 

@@ -24,49 +24,67 @@ class Options:
 
     format: str = option("text", "text, or json: one object on standard output", choices=("text", "json"))
     figure: str | None = option(None, "also draw the plan into this file, as SVG")
+    savings: int = option(3, "changes to name that save most, each planned in its turn; 0 = none", ge=0)
 
 
-def run(job: Job, format: str, figure: str | None) -> int:
+def run(job: Job, format: str, figure: str | None, savings: int) -> int:
     """Print the plan; returns the exit code: 0, or 3 where the job does not fit."""
     from rich.console import Console
 
     from ftrun.report.figure import plan_figure
-    from ftrun.report.plan_text import render
+    from ftrun.report.plan_text import render, render_advice
 
-    made = report(job, lambda text: print(text, file=sys.stderr))
+    planning = Planning(job, lambda text: print(text, file=sys.stderr))
+    made = planning.plan()
     if figure:
         Path(figure).expanduser().write_text(plan_figure(made), encoding="utf-8")
     if format == "json":
-        print(json.dumps(made, ensure_ascii=False))
-    else:
-        render(made, Console(width=None if sys.stdout.isatty() else 120, highlight=False))
+        print(json.dumps({**made, **planning.advice(savings)}, ensure_ascii=False))
+        return 0 if made["fits"] else DoesNotFit.exit_code
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    render(made, console)  # what other cards and other settings make of the job takes longer than the plan
+    render_advice({**made, **planning.advice(savings)}, console)
     return 0 if made["fits"] else DoesNotFit.exit_code
 
 
-def report(job: Job, say: Callable[[str], None]) -> dict[str, Any]:
-    """The plan as JSON-able values, with what explains it: modules, paging, cards, savings."""
-    from ftrun import assemble
-    from ftrun.memory.device import resolve
-    from ftrun.planning.advice import Advisor
-    from ftrun.planning.cards import cards, paging
-    from ftrun.planning.plan import trained_modules
-    from ftrun.planning.settle import settle, supply_at_hand
-    from ftrun.planning.twin import Twin
+class Planning:
+    """The job, settled and planned; what explains the plan; what would change it."""
 
-    device = resolve(job.device.typed())
-    parts = assemble.sketch(job, cache_dir(), say)
-    supply, source = supply_at_hand(job, parts, cache_dir(), say)
-    twin = Twin(job, parts, device)
-    settled = settle(job, twin, supply(job), device, source)
-    made = settled.plan
-    batches = supply(job)(settled.micro_batch)[1]
-    return {
-        **made.as_dict(),
-        "job": job.choices,
-        "depth": twin.depth,
-        "needed_bytes": made.needed_bytes,
-        "modules": trained_modules(twin),
-        "paging": paging(job, twin),
-        "cards": cards(job, parts, twin, batches, settled),
-        "savings": [saving.as_dict() for saving in Advisor(job, twin, settled, supply, device).savings()],
-    }
+    def __init__(self, job: Job, say: Callable[[str], None]) -> None:
+        from ftrun import assemble
+        from ftrun.memory.device import resolve
+        from ftrun.planning.settle import settle, supply_at_hand
+        from ftrun.planning.twin import Twin
+
+        self.job, self.device = job, resolve(job.device.typed())
+        self.parts = assemble.sketch(job, cache_dir(), say)
+        self.supply, source = supply_at_hand(job, self.parts, cache_dir(), say)
+        self.twin = Twin(job, self.parts, self.device)
+        self.settled = settle(job, self.twin, self.supply(job), self.device, source)
+
+    def plan(self) -> dict[str, Any]:
+        """The plan as JSON-able values, with the modules that train and what of their state can page."""
+        from ftrun.planning.cards import paging
+        from ftrun.planning.plan import trained_modules
+
+        made = self.settled.plan
+        return {
+            **made.as_dict(),
+            "job": self.job.choices,
+            "depth": self.twin.depth,
+            "needed_bytes": made.needed_bytes,
+            "modules": trained_modules(self.twin),
+            "paging": paging(self.job, self.twin),
+        }
+
+    def advice(self, count: int) -> dict[str, Any]:
+        """What common cards make of the job, and the `count` changes that save most."""
+        from ftrun.planning.advice import Advisor
+        from ftrun.planning.cards import cards
+
+        batches = self.supply(self.job)(self.settled.micro_batch)[1]
+        advisor = Advisor(self.job, self.twin, self.settled, self.supply, self.device)
+        return {
+            "cards": cards(self.job, self.parts, self.twin, batches, self.settled),
+            "savings": [saving.as_dict() for saving in advisor.savings(count)] if count else [],
+        }
