@@ -20,7 +20,7 @@ _COLOURS = {
     "other": "#c9ccd1",
     "rounding": "#e3e5e8",
 }
-_WIDTH, _HEIGHT = 960, 560
+_WIDTH, _HEIGHT = 960, 575
 _LEFT, _RIGHT = 84, 24  # room for the axis, for the last label
 _TOP, _AREA = 210, 270  # the areas' upper edge and height
 _FONT = "font-family='system-ui, sans-serif' font-size='13' fill='#333'"
@@ -104,5 +104,5 @@ def _names(timeline: Sequence[Mapping[str, Any]], wide: float, floor: float) -> 
             late = x > _WIDTH - 150  # its name stands before the mark, or it would leave the picture
             place = "text-anchor='end'" if late else ""
             found.append(_text(x - 3 if late else x + 3, floor + 16 + 18 * line, kind, place))
-            last, line = kind, (line + 1) % 3
+            last, line = kind, (line + 1) % 4
     return found

@@ -128,7 +128,7 @@ def _step(timeline: Sequence[Mapping[str, Any]]) -> list[Text]:
     names = Text(" " * 10)
     for column in columns:
         names.append("│" if column["first"] else " ", "bright_black")
-    marks = [f"{c['at']}" for c in columns if c["first"]]
+    marks = list(dict.fromkeys(c["at"] for c in columns if c["first"]))  # of several micro-batches one is named
     return [Text("memory through a step:"), *lines, names, Text(" " * 10 + " │ ".join(marks), "bright_black")]
 
 
