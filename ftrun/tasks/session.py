@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import importlib.metadata
 import json
@@ -21,7 +22,7 @@ from ftrun.evals.answer import answer
 from ftrun.evals.held_out import evaluate
 from ftrun.job import Job
 from ftrun.memory.device import Device, resolve
-from ftrun.memory.events import Allocations, allocations, resident_bytes
+from ftrun.memory.events import allocations, resident_bytes
 from ftrun.memory.host import few_arenas
 from ftrun.memory.measure import Meter
 from ftrun.metrics import jsonl
@@ -165,14 +166,18 @@ class Session:
 
     @contextlib.contextmanager
     def _watch(self, step: int) -> Iterator[None]:
-        """Measure the step that the plan was made for, by the allocator's own events."""
-        if step != self.settled.largest_step or self.device.type != "cpu":
+        """Measure the step that the plan was made for: by the allocator's own events, on CUDA by its statistics."""
+        if step != self.settled.largest_step:
             yield
-            return
-        resident = resident_bytes(self._residents())
-        with allocations() as seen:
-            yield
-        self._note_measured(resident, seen)
+        elif self.device.type == "cuda":
+            yield  # the loop has reset the statistics at the step's start; paged state is not among them
+            self._note_measured(self.settled.plan.needed_bytes, torch.cuda.max_memory_allocated())
+        else:
+            gc.collect()  # what the steps before left would be freed within this one, unseen by the profiler
+            resident = resident_bytes(self._residents())
+            with allocations() as seen:
+                yield
+            self._note_measured(self.settled.plan.peak_bytes, resident + seen.peak)
 
     def _residents(self) -> Iterator[torch.Tensor]:
         yield from self.work.model.parameters()
@@ -180,8 +185,7 @@ class Session:
         for state in self.work.optimiser.state.values():
             yield from (v for v in state.values() if isinstance(v, torch.Tensor))
 
-    def _note_measured(self, resident: int, seen: Allocations) -> None:
-        planned, measured = self.settled.plan.peak_bytes, resident + seen.peak
+    def _note_measured(self, planned: int, measured: int) -> None:
         self.measured.update(
             planned_peak_bytes=planned, measured_peak_bytes=measured, error=(planned - measured) / measured
         )
