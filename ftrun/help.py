@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ def _verb(verb: str, path: Path, arguments: Sequence[str], config_dirs: Sequence
     own = verb_options(path)
     lines = [f"ftrun {verb} [GROUP=NAME ...] [KEY=VALUE ...] [FLAGS]", "", *_paragraphs(text)]
     if own:
-        rows = [(f"{k}={_typed(f.default)}", f.metadata["doc"]) for k, f in schema.fields_by_key(own).items()]
+        rows = [(f"{k}={_typed(_default(f))}", f.metadata["doc"]) for k, f in schema.fields_by_key(own).items()]
         lines += _section("Options of this verb", rows)
     found = described(arguments, config_dirs)
     choices = _chosen(arguments, config_dirs)
@@ -144,6 +145,10 @@ def verb_options(path: Path) -> type | None:
         return None
 
 
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default_factory() if callable(field.default_factory) else field.default
+
+
 def _summary(path: Path) -> str:
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     return text.split("\n\n")[0].replace("\n", " ")
@@ -187,6 +192,6 @@ def _wrapped(text: str, first: str, rest: str) -> list[str]:
 
 def _paragraphs(text: str) -> list[str]:
     lines: list[str] = []
-    for line in text.splitlines():
-        lines += _wrapped(line, "", "    ") or [""]
-    return lines
+    for paragraph in text.split("\n\n"):
+        lines += [*_wrapped(" ".join(paragraph.split()), "", ""), ""]
+    return lines[:-1]
