@@ -175,7 +175,9 @@ def work(
     groups, gathered = gather(optimiser_buckets(job, parts))
     optimiser = job.optim.load().build(groups, options, kind or device.type)
     low = parts.base.dtype == torch.bfloat16 and not parts.tuner.switchable and _trained_dtype(parts) == torch.float32
-    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16) if low else contextlib.nullcontext
+    # without its cache: that holds a copy of every weight to the end of the forward pass, for a second use of none
+    half = functools.partial(torch.autocast, device.type, torch.bfloat16, cache_enabled=False)
+    autocast = half if low else contextlib.nullcontext
     return Work(
         model=parts.model,
         loss=loss or TokenLoss(parts.model, job.kernels, job.loss_chunk),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ftrun.memory.track import BACKWARD, FORWARD, Instant, Moment, Segment
+from ftrun.memory.track import BACKWARD, FORWARD, ROUNDING, Instant, Moment, Segment
 
 KEEP = 4  # two at either end of a run: the outermost, and one whose neighbours are like itself
 _LONGEST = 12  # layers of a pattern that repeats (Gemma 3: five with a window, one without)
@@ -95,6 +95,19 @@ def extend(stack: Sequence[Run], few: Sequence[Segment], held: Mapping[Run, Mome
             extra = extra.plus(step, run.left_out)
         found.append(_raised(segment, segment.instant, extra))
     return found
+
+
+def even(stack: Sequence[Run], few: Sequence[Segment]) -> bool:
+    """Whether a layer that was left out lets go in the backward passes what it took in the forward ones, but for its
+    gradients. Only then is the rest of the step the same however many layers there are."""
+    known = {segment.instant: segment for segment in few}
+    for run in (run for run in stack if run.left_out):
+        left = Moment()
+        for after, before in _gaps(run, few):
+            left = left.plus(known[after].start.less(known[before].start))
+        if any(size for role, size in left.by_role.items() if role not in ("gradients", ROUNDING)):
+            return False
+    return True
 
 
 def grown(few: Moment, held: Mapping[Run, Moment]) -> Moment:

@@ -12,12 +12,25 @@ from ftrun.compose import changed
 from ftrun.errors import UserError
 from ftrun.job import Job
 from ftrun.memory.device import Device
-from ftrun.planning.plan import Plan, plan
-from ftrun.planning.settle import Settled, Worst
+from ftrun.planning.plan import Plan
+from ftrun.planning.settle import Settled, Worst, planned
 from ftrun.planning.twin import Twin
 from ftrun.runs import cache_dir
 
 _OF_THE_STEP = ("micro_batch", "checkpointing", "seq_len")  # keys that leave the model as it is
+# what a change touches, the least first; up to checkpointing the result stays as it is
+_GENTLE = (
+    "kernels",
+    "micro_batch",
+    "checkpointing",
+    "optim",
+    "model.dtype",
+    "quant",
+    "rank",
+    "seq_len",
+    "layers",
+    "method",
+)
 _LOOKED_AT = 4  # changes that are planned: those that promise most
 
 
@@ -58,14 +71,15 @@ class Advisor:
         return sorted((s for s in found if s.saved_bytes > 0), key=lambda s: -s.saved_bytes)[:count]
 
     def nearest(self) -> tuple[list[str], Plan] | None:
-        """The shortest list of changes that fits, each the one that then saves most; None where none does."""
+        """A short list of changes that fits, the gentlest that do; None where none does."""
         overrides: list[str] = []
         at = self
-        for _ in range(5):
-            best = at.savings(1)
-            if not best:
+        for _ in range(6):
+            found = [s for change in at._changes() if (s := at._plan(change)) and s.saved_bytes > 0]
+            if not found:
                 return None
-            overrides = [*(o for o in overrides if o.split("=")[0] != best[0].override.split("=")[0]), best[0].override]
+            best = _gentlest(found)
+            overrides = [*(o for o in overrides if _key(o) != _key(best)), best]
             at = self._after(overrides)
             if at.settled.plan.fits:
                 return overrides, at.settled.plan
@@ -73,11 +87,10 @@ class Advisor:
 
     def _after(self, overrides: Sequence[str]) -> Advisor:
         job = self._job(overrides)
-        alike = all(override.partition("=")[0] in _OF_THE_STEP for override in overrides)
+        alike = all(_key(override) in _OF_THE_STEP for override in overrides)
         twin = self.twin if alike else Twin(job, assemble.sketch(job, cache_dir(), lambda text: None), self.device)
         rows, layers = self._rows(job), self._layers(job)
-        made = plan(twin, self.device, self.worst(job)(rows)[1], layers)
-        return Advisor(job, twin, Settled(rows, layers, made, 0), self.worst, self.device)
+        return Advisor(job, twin, planned(twin, self.worst(job), self.device, rows, layers), self.worst, self.device)
 
     def _plan(self, change: Change) -> Saving | None:
         try:
@@ -90,8 +103,8 @@ class Advisor:
 
     def _job(self, overrides: Sequence[str]) -> Job:
         keep = [f"micro_batch={self.settled.micro_batch}", f"checkpointing={self.settled.recomputed}"]
-        given = {o.split("=")[0] for o in overrides}
-        return changed(self.job, [*(k for k in keep if k.split("=")[0] not in given), *overrides])
+        given = set(map(_key, overrides))
+        return changed(self.job, [*(k for k in keep if _key(k) not in given), *overrides])
 
     def _rows(self, job: Job) -> int:
         return job.micro_batch if isinstance(job.micro_batch, int) else self.settled.micro_batch
@@ -139,6 +152,20 @@ class Advisor:
             yield Change(f"seq_len={shorter}", f"rows of more than {shorter} tokens are cut", step / 2)
         if self.job.kernels == "reference":
             yield Change("kernels=fast", "nothing: the same maths", step)
+
+
+def _gentlest(found: Sequence[Saving]) -> str:
+    """Of the changes that fit the one that changes the result least; else the greatest saving of those that leave it
+    as it is, or of all."""
+    fitting = [one for one in found if one.fits]
+    if fitting:
+        return min(fitting, key=lambda one: (_GENTLE.index(_key(one.override)), -one.saved_bytes)).override
+    same = [one for one in found if _GENTLE.index(_key(one.override)) <= _GENTLE.index("checkpointing")]
+    return max(same or found, key=lambda one: one.saved_bytes).override
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0]
 
 
 def advise(advisor: Advisor) -> str:

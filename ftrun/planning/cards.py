@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from ftrun import assemble
@@ -14,12 +13,9 @@ from ftrun.optim.paging import PAGED_FROM
 from ftrun.planning.plan import plan
 from ftrun.planning.settle import Settled
 from ftrun.planning.twin import Twin
-from ftrun.values import Batch
 
 
-def cards(
-    job: Job, parts: assemble.Sketch, twin: Twin, batches: Sequence[Batch], settled: Settled
-) -> list[dict[str, Any]]:
+def cards(job: Job, parts: assemble.Sketch, twin: Twin, settled: Settled) -> list[dict[str, Any]]:
     """Each GPU of conf/device: its name, its memory, and whether the job fits it as it is settled; smallest first."""
     there = twin if twin.device.type == "cuda" else Twin(job, parts, resolve(Options(type="cuda", memory="1GB"), True))
     found = []
@@ -28,7 +24,7 @@ def cards(
         if values.get("type") != "cuda" or not values.get("memory"):
             continue
         card = resolve(Options(**values), absent=True)
-        made = plan(there, card, batches, settled.recomputed)
+        made = plan(there, card, settled.batches, settled.recomputed)
         found.append({"name": name, "memory_bytes": card.total_bytes, "fits": made.fits})
     return sorted(found, key=lambda card: (card["memory_bytes"], card["name"]))
 

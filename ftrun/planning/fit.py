@@ -57,7 +57,7 @@ class Fit:
         for values in itertools.product(*vary.values()):
             overrides = [f"{key}={value}" for key, value in zip(vary, values, strict=True)]
             found += self._of_one_model(overrides)
-        return _explained(found)
+        return _explained(self.job, found)
 
     def _of_one_model(self, overrides: list[str]) -> Iterator[Choice]:
         """All numbers of rows at once, each with as few recomputed layers as fit; then other chunks for the best."""
@@ -85,7 +85,7 @@ class Fit:
         return Choice(words, plan.needed_bytes, plan.fits, self._tokens_per_s(job, twin, settled), settled.recomputed)
 
     def _tokens_per_s(self, job: Job, twin: Twin, settled: Settled) -> float:
-        batches = self.supply(job)(settled.micro_batch)[1]
+        batches = settled.batches
         each, end = _costs(twin.step(batches, settled.recomputed))
         passes = job.batch / job.devices / settled.micro_batch
         seconds = passes * self.speed.seconds(each) + self.speed.seconds(end)
@@ -110,13 +110,24 @@ def _rank(choice: Choice) -> tuple[bool, float, int, int]:
     return choice.fits, choice.tokens_per_s, -choice.recomputed, -choice.needed_bytes
 
 
+def _changes(job: Job, choice: Choice) -> int:
+    """How many of the job's own settings a choice gives up, beside rows at once and recomputed layers."""
+    own = {"quant": job.quant.choice, "rank": getattr(job.method.options, "rank", None), "seq_len": job.seq_len}
+    own |= {"loss_chunk": job.loss_chunk}
+    given = dict(text.split("=", 1) for text in choice.overrides)
+    return sum(str(value) != given[key] for key, value in own.items() if key in given)
+
+
 def _value(overrides: Sequence[str], key: str) -> str:
     return next(text.partition("=")[2] for text in overrides if text.partition("=")[0] == key)
 
 
-def _explained(choices: list[Choice]) -> list[Choice]:
+def _explained(job: Job, choices: list[Choice]) -> list[Choice]:
+    """The best first: of those as fast as the fastest the one that changes the job least, then the smallest."""
     ordered = sorted(choices, key=_rank, reverse=True)
-    best = ordered[0]
+    near = [c for c in ordered if c.fits and c.tokens_per_s >= _NEAR * ordered[0].tokens_per_s] or ordered[:1]
+    best = min(near, key=lambda choice: (_changes(job, choice), choice.needed_bytes))
+    ordered = [best, *(choice for choice in ordered if choice is not best)]
     return [dataclasses.replace(choice, why=_why(choice, best)) for choice in ordered]
 
 
@@ -124,6 +135,6 @@ def _why(choice: Choice, best: Choice) -> str:
     if not choice.fits:
         return "does not fit"
     if choice is best:
-        return "the fastest that fits"
+        return "as fast as any that fits, and nearest to the job"
     share = choice.tokens_per_s / best.tokens_per_s
     return "as fast, within 3 %" if share >= _NEAR else f"slower: {share:.0%} of the fastest"

@@ -48,16 +48,22 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON-able values."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "needed_bytes": self.needed_bytes}
 
 
 def plan(
-    twin: Twin, device: Device, micro_batches: Sequence[Batch], recomputed: int, lengths_from: str = "data"
+    twin: Twin,
+    device: Device,
+    micro_batches: Sequence[Batch],
+    recomputed: int,
+    lengths_from: str = "data",
+    rows: int | None = None,
 ) -> Plan:
     """The memory of one step over `micro_batches`, the optimiser's state in place.
 
     micro_batches: real batches on the CPU, of the largest rows that a step will see.
-    recomputed: how many of the first decoder layers are computed again in the backward pass.
+    recomputed: how many of the first decoder layers are computed again in the backward pass. rows: the job's
+    micro-batch, where these batches may hold fewer.
     """
     lived = twin.step(micro_batches, recomputed)
     peak, largest = lived.peak, max(micro_batches, key=lambda b: b.input_ids.numel())
@@ -72,7 +78,7 @@ def plan(
         timeline=_timeline(lived, parts),
         paged_bytes=lived.paged,
         adapter_bytes=twin.file_bytes,
-        micro_batch=len(largest.lengths),
+        micro_batch=rows or len(largest.lengths),
         checkpointing=recomputed,
         lengths=largest.lengths,
         lengths_from=lengths_from,

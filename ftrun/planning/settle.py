@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from ftrun import assemble
 from ftrun.data.load import Corpus
 from ftrun.job import Job
@@ -15,10 +17,11 @@ from ftrun.planning.twin import Twin
 from ftrun.values import Batch
 
 ENOUGH = 2048  # tokens at once beyond which more of them no longer make a device faster
-_LOOKED_AT = 2000  # steps in which the largest micro-batch is looked for
+_LOOKED_AT = 20_000  # steps in which the largest micro-batch is looked for
+_LONGEST = 64  # beyond them: the steps that hold one of so many longest rows
 
-# rows at once -> the step that needs the most, and its micro-batches
-Worst = Callable[[int], tuple[int, list[Batch]]]
+# rows at once -> the steps that may need the most, each with its micro-batches
+Worst = Callable[[int], list[tuple[int, list[Batch]]]]
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Settled:
     recomputed: int
     plan: Plan
     largest_step: int
+    batches: list[Batch]  # the micro-batches that were planned: the first two of that step
 
 
 def settle(job: Job, twin: Twin, worst: Worst, device: Device, source: str = "data") -> Settled:
@@ -42,11 +46,19 @@ def settle(job: Job, twin: Twin, worst: Worst, device: Device, source: str = "da
 
     def attempt(rows: int, layers: int) -> Settled:
         if (rows, layers) not in tries:
-            step, batches = worst(rows)
-            tries[rows, layers] = Settled(rows, layers, plan(twin, device, batches, layers, source), step)
+            tries[rows, layers] = planned(twin, worst, device, rows, layers, source)
         return tries[rows, layers]
 
     return _choose(row_counts(job), _layer_counts(job, twin.depth), attempt)
+
+
+def planned(twin: Twin, worst: Worst, device: Device, rows: int, layers: int, source: str = "data") -> Settled:
+    """The worst step with `rows` rows at once and `layers` recomputed layers."""
+    made = [
+        Settled(rows, layers, plan(twin, device, batches, layers, source, rows), step, batches)
+        for step, batches in worst(rows)
+    ]
+    return max(made, key=lambda one: one.plan.peak_bytes)
 
 
 def row_counts(job: Job) -> list[int]:
@@ -112,9 +124,8 @@ def supply_of(corpus: Corpus, pad_id: int, total: int) -> Callable[[Job], Worst]
     def supply(job: Job) -> Worst:
         worst = worst_of(job, corpus, pad_id, total)
 
-        def shortened(rows: int) -> tuple[int, list[Batch]]:
-            step, batches = worst(rows)
-            return step, [assemble.batching.cut(batch, job.seq_len) for batch in batches]
+        def shortened(rows: int) -> list[tuple[int, list[Batch]]]:
+            return [(step, [assemble.batching.cut(b, job.seq_len) for b in batches]) for step, batches in worst(rows)]
 
         return shortened if job.seq_len < int(corpus.train.lengths.max()) else worst
 
@@ -122,32 +133,52 @@ def supply_of(corpus: Corpus, pad_id: int, total: int) -> Callable[[Job], Worst]
 
 
 def worst_of(job: Job, corpus: Corpus, pad_id: int, total: int) -> Worst:
-    """The worst step of the job's own data: the one whose micro-batch holds the most tokens.
+    """The worst steps of the job's own data: the one whose first micro-batch holds the most tokens, and the one whose
+    second does, where that is another.
 
-    Not the first, where the optimiser's state is not there yet. Of a step's micro-batches the first two are planned:
-    they are the longest, and from the second on the gradients are there.
+    Not the run's first, where the optimiser's state is not there yet. Of a step's micro-batches the first two are
+    planned: they are the longest, and from the second on the gradients are there.
     """
     lengths, packed = corpus.train.lengths, job.kernels == "fast"
 
-    def worst(rows: int) -> tuple[int, list[Batch]]:
-        best, best_step, best_parts = -1, 0, [[0]]
-        for step in range(min(1, total - 1), min(total, _LOOKED_AT)):
-            parts = assemble.micro_rows(job, corpus, rows, step)
-            size = max(int(lengths[p].sum() if packed else lengths[p].max() * len(p)) for p in parts)
-            if size > best:
-                best, best_step, best_parts = size, step, parts
-        batches = [assemble.batching.collate(corpus.train, p, packed=packed, pad_id=pad_id) for p in best_parts[:2]]
-        return best_step, batches
+    def worst(rows: int) -> list[tuple[int, list[Batch]]]:
+        def sizes(step: int) -> tuple[int, int]:
+            parts = assemble.micro_rows(job, corpus, rows, step)[:2]
+            found = [int(lengths[p].sum() if packed else lengths[p].max() * len(p)) for p in parts]
+            return found[0], found[1] if len(found) > 1 else 0
+
+        found = {step: sizes(step) for step in _candidates(job, lengths, total)}
+        first = max(found, key=lambda step: found[step])
+        second = max(found, key=lambda step: found[step][::-1])
+        chosen = [first] if found[second][1] == found[first][1] else [first, second]
+        return [(step, _first_two(job, corpus, rows, pad_id, step)) for step in chosen]
 
     return worst
+
+
+def _candidates(job: Job, lengths: np.ndarray, total: int) -> list[int]:
+    """Steps among which the largest is: all; of a very long run the first, and those of the longest rows."""
+    steps = range(min(1, total - 1), total)
+    if len(steps) <= _LOOKED_AT:
+        return list(steps)
+    longest = set(np.argsort(lengths)[-_LONGEST:].tolist())
+    batching, by_epoch = assemble.batching, job.steps is None
+    late = range(_LOOKED_AT, min(total, _LOOKED_AT + 10 * _LOOKED_AT))
+    rows = (batching.step_rows(len(lengths), job.batch, step, job.seed, by_epoch=by_epoch) for step in late)
+    return [*steps[:_LOOKED_AT], *(step for step, taken in zip(late, rows, strict=True) if longest & set(taken))]
+
+
+def _first_two(job: Job, corpus: Corpus, rows: int, pad_id: int, step: int) -> list[Batch]:
+    parts = assemble.micro_rows(job, corpus, rows, step)[:2]
+    return [assemble.batching.collate(corpus.train, p, packed=job.kernels == "fast", pad_id=pad_id) for p in parts]
 
 
 def rows_of_seq_len(job: Job) -> Worst:
     """The worst step where no data is at hand: every row has `seq_len` tokens, and all of them are learnt."""
 
-    def worst(rows: int) -> tuple[int, list[Batch]]:
+    def worst(rows: int) -> list[tuple[int, list[Batch]]]:
         batch = assemble.batching.filled(rows, job.seq_len, packed=job.kernels == "fast")
-        return 0, [batch] * min(2, max(1, job.batch // job.devices // rows))
+        return [(0, [batch] * min(2, max(1, job.batch // job.devices // rows)))]
 
     return worst
 

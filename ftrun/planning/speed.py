@@ -104,7 +104,7 @@ def measure(
     for job in jobs:
         parts = sketch(job)
         for rows, layers, recomputed in ((1, 2, 2), (1, 4, 0), (2, 3, 3), (4, 2, 0)):
-            batch = next(iter(worst(rows)[1]))
+            batch = worst(rows)[0][1][0]
             found.append(_sample(job, parts, device, batch, layers, recomputed))
     return found
 

@@ -111,6 +111,9 @@ class Twin:
         middle = {r: [place[r.layer(r.low, i)] for i in range(r.period)] for r in runs if r.left_out}
         held = {run: _sum(few.held[n] for n in places) for run, places in middle.items()}
         numbered = [dataclasses.replace(s, instant=s.instant.renumbered(layers)) for s in few.lived.segments]
+        if not stack.even(runs, numbered):
+            self.whole = True  # something is kept and let go outside the layers: no layer's share tells
+            return self._step(micro_batches, recomputed)
         segments = stack.extend(runs, numbered, held)
         if held:
             self._extend_end(segments, layers, few.lived.segments[-2:])

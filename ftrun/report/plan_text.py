@@ -213,4 +213,5 @@ def _verdict(plan: Mapping[str, Any]) -> Text:
         f"{device['name']}: {size(device['free_bytes'])} free, {size(device['usable_bytes'])} to plan for: the job "
         f"{words}, with {size(plan['needed_bytes'])}"
     )
+    text += ", paged state left out" if plan["paged_bytes"] else ""
     return Text(text, "bold green" if plan["fits"] else "bold red")

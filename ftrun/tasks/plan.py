@@ -72,7 +72,6 @@ class Planning:
             **made.as_dict(),
             "job": self.job.choices,
             "depth": self.twin.depth,
-            "needed_bytes": made.needed_bytes,
             "modules": trained_modules(self.twin),
             "paging": paging(self.job, self.twin),
         }
@@ -82,9 +81,8 @@ class Planning:
         from ftrun.planning.advice import Advisor
         from ftrun.planning.cards import cards
 
-        batches = self.supply(self.job)(self.settled.micro_batch)[1]
         advisor = Advisor(self.job, self.twin, self.settled, self.supply, self.device)
         return {
-            "cards": cards(self.job, self.parts, self.twin, batches, self.settled),
+            "cards": cards(self.job, self.parts, self.twin, self.settled),
             "savings": [saving.as_dict() for saving in advisor.savings(count)] if count else [],
         }

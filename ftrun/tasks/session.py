@@ -167,7 +167,7 @@ class Session:
     @contextlib.contextmanager
     def _watch(self, step: int) -> Iterator[None]:
         """Measure the step that the plan was made for: by the allocator's own events, on CUDA by its statistics."""
-        if step != self.settled.largest_step:
+        if step != self.settled.largest_step or step == 0:  # in the first step the optimiser has no state yet
             yield
         elif self.device.type == "cuda":
             yield  # the loop has reset the statistics at the step's start; paged state is not among them

@@ -66,10 +66,11 @@ def test_on_the_device_at_hand_speed_is_measured(line: list[str], capsys: pytest
     code, found = fit(capsys, *line, "quants=[none,nf4]")
     assert code == 0
     assert found["speed"]["error"] is not None
-    assert found["choices"][0]["why"] == "the fastest that fits"
+    assert "as fast as any that fits" in found["choices"][0]["why"]
     assert found["best"] == found["choices"][0]["overrides"]
     rates = [c["tokens_per_s"] for c in found["choices"] if c["fits"]]
-    assert rates == sorted(rates, reverse=True)
+    assert rates[1:] == sorted(rates[1:], reverse=True)
+    assert rates[0] >= 0.97 * max(rates)
     assert all(c["why"] for c in found["choices"])
     assert {o.partition("=")[0] for c in found["choices"] for o in c["overrides"]} == {
         "quant",

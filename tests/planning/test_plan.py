@@ -15,7 +15,7 @@ from ftrun.compose import compose
 from ftrun.memory.device import Options, resolve
 from ftrun.planning.cards import paging
 from ftrun.planning.plan import Plan, plan, trained_modules
-from ftrun.planning.settle import rows_of_seq_len, settle
+from ftrun.planning.settle import rows_of_seq_len, settle, worst_of
 from ftrun.planning.twin import Twin
 from ftrun.runs import cache_dir
 from ftrun.tasks import train as train_task
@@ -65,7 +65,7 @@ def test_bits_of_a_quantised_parameter(double: str, bits: float) -> None:
     job = compose(["model=llama-7b", "method=qlora", f"quant.double_quant={double}", "seq_len=64", "batch=1"])
     parts = assemble.sketch(job, cache_dir(), print)
     twin = Twin(job, parts, A_CARD)
-    steady = twin.step(rows_of_seq_len(job)(1)[1], 32).steady.by_role
+    steady = twin.step(rows_of_seq_len(job)(1)[0][1], 32).steady.by_role
     quantised = sum(math.prod(m.shape) for m in twin.parts.model.modules() if hasattr(m, "parts"))
     plain = 2 * (2 * 32_000 * 4096 + 65 * 4096)  # embeddings, head and norms stay in 16 bits
     stored = steady["weights"] + steady["quant_constants"] - plain
@@ -95,6 +95,8 @@ STACKS = [
     ("llama", {"num_hidden_layers": 16}, ["method=dora", "checkpointing=8", "device=24gb"]),
     ("llama", {"num_hidden_layers": 9}, ["method=full", "optim.engine=foreach", "checkpointing=3", "micro_batch=1"]),
     ("llama", {"num_hidden_layers": 9}, ["method=lora", "kernels=reference", "dropout=0.1", "device=24gb"]),
+    ("llama", {"num_hidden_layers": 9}, ["method=full", "model.dtype=bfloat16", "checkpointing=all", "micro_batch=1"]),
+    ("llama", {"num_hidden_layers": 14}, ["method=full", "model.dtype=bfloat16", "checkpointing=7", "device=24gb"]),
     ("gpt2", {"n_layer": 12}, ["method=lora", "layers=last:6", "optim=adamw_8bit", "checkpointing=none"]),
     ("gpt2", {"n_layer": 9}, ["method=prompt", "checkpointing=none"]),
     ("gpt_neox", {"num_hidden_layers": 9}, ["method=houlsby", "optim=sgd", "checkpointing=none"]),
@@ -123,7 +125,7 @@ def test_few_layers_extended_equal_all_layers(family: str, sizes: dict, more: li
     parts = assemble.sketch(job, cache_dir(), print)
     device = resolve(job.device.typed())
     rows = job.micro_batch if isinstance(job.micro_batch, int) else 4
-    batches = rows_of_seq_len(job)(rows)[1]
+    batches = rows_of_seq_len(job)(rows)[0][1]
     layers = {"none": 0, "all": parts.anatomy.depth}.get(str(job.checkpointing), 0)
     layers = job.checkpointing if isinstance(job.checkpointing, int) else layers
     few, every = (plan(Twin(job, parts, device, whole), device, batches, layers) for whole in (False, True))
@@ -136,7 +138,7 @@ def test_low_ranks_page(optim: str) -> None:
     job = compose(["model=llama-7b", "method=qlora", "rank=8", f"optim={optim}", "device=24gb", "seq_len=64"])
     parts = assemble.sketch(job, cache_dir(), print)
     twin, device = Twin(job, parts, A_CARD), resolve(job.device.typed())
-    found, said = plan(twin, device, rows_of_seq_len(job)(1)[1], 32), paging(job, twin)
+    found, said = plan(twin, device, rows_of_seq_len(job)(1)[0][1], 32), paging(job, twin)
     assert said is not None
     assert (said["tensors"], said["of"], said["trained_tensors"]) == (32, 32, 448)
     weights = {"paged_adamw_8bit": 2, "paged_adamw_32bit": 8, "paged_lion_8bit": 1}
@@ -150,14 +152,14 @@ def test_a_buffer_that_is_too_small_does_not_page() -> None:
     said = paging(job, twin)
     assert said is not None
     assert (said["tensors"], said["of"], said["bytes"]) == (0, 32, 0)
-    assert plan(twin, resolve(job.device.typed()), rows_of_seq_len(job)(1)[1], 32).paged_bytes == 0
+    assert plan(twin, resolve(job.device.typed()), rows_of_seq_len(job)(1)[0][1], 32).paged_bytes == 0
 
 
 def test_a_twin_runs_few_layers_of_a_tall_stack(tmp_path: Path) -> None:
     tiny_base(tmp_path / "llama", "llama", num_hidden_layers=9)
     job = tiny_job(tmp_path, "method=lora")
     twin = Twin(job, assemble.sketch(job, cache_dir(), print))
-    twin.step(rows_of_seq_len(job)(4)[1], 0)
+    twin.step(rows_of_seq_len(job)(4)[0][1], 0)
     fake = [any(type(p.data).__name__ == "FakeTensor" for p in layer.parameters()) for layer in twin.layers]
     assert sum(fake) <= 5
 
@@ -204,3 +206,52 @@ def test_nothing_of_the_models_size_is_allocated() -> None:
     planned("model=llama2-70b", "method=qlora", "seq_len=64", "batch=1", "device=80gb")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000  # kB
     assert torch.empty(0).device.type == "cpu"
+
+
+def test_a_layer_that_leaves_something_behind_has_all_layers_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Autocast's cache keeps copies of weights to the end of the forward pass: what lets them go is no layer's pass."""
+    tiny_base(tmp_path / "llama", "llama", num_hidden_layers=9)
+    job = tiny_job(tmp_path, "method=full", "model.dtype=bfloat16")
+    parts = assemble.sketch(job, cache_dir(), print)
+    real = torch.autocast
+
+    def caching(*args: object, **options: object) -> torch.autocast:
+        return real(*args, **{**options, "cache_enabled": True})  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch, "autocast", caching)
+    twin = Twin(job, parts)
+    batches = rows_of_seq_len(job)(4)[0][1]
+    found = twin.step(batches, 9)
+    assert twin.whole
+    assert found.peak.peak.total == Twin(job, parts, whole=True).step(batches, 9).peak.peak.total
+
+
+def test_the_longest_row_is_found_however_late_it_comes(tmp_path: Path) -> None:
+    rows = [{"question": f"{n} why?", "answer": f"so {n}"} for n in range(3000)]
+    rows[1234]["answer"] = "so " * 25
+    data = tmp_path / "late.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    job = tiny_job(tmp_path, "method=lora", f"data.path={data}", "batch=1", "data.held_out=0")
+    parts = assemble.sketch(job, cache_dir(), print)
+    corpus = assemble.rows(job, parts, cache_dir(), print)
+    for seed in range(3):
+        step, batches = worst_of(dataclasses.replace(job, seed=seed), corpus, 0, 3000)(1)[0]
+        assert step == 0 or sum(batches[0].lengths) == int(corpus.train.lengths.max())
+
+
+def test_the_worst_second_micro_batch_is_planned_too(tmp_path: Path) -> None:
+    lengths = [20, 4, 3, 2, 20, 19, 3, 2, 20, 5, 3, 2]
+    rows = [{"question": f"{n}" + " a" * size, "answer": "b" * (n % 7 + 1)} for n, size in enumerate(lengths)]
+    data = tmp_path / "two.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    job = tiny_job(tmp_path, "method=lora", f"data.path={data}", "batch=2", "micro_batch=1", "data.held_out=0")
+    parts = assemble.sketch(job, cache_dir(), print)
+    corpus = assemble.rows(job, parts, cache_dir(), print)
+    total = 6
+    steps = worst_of(job, corpus, 0, total)(1)
+    seconds = [
+        int(corpus.train.lengths[assemble.micro_rows(job, corpus, 1, step)[1]].sum()) for step in range(1, total)
+    ]
+    assert max(batches[1].tokens for _, batches in steps) == max(seconds)
