@@ -112,8 +112,9 @@ def measure(
 def _sample(
     job: Job, parts: assemble.Sketch, device: torch.device, batch: Batch, layers: int, recomputed: int
 ) -> Sample:
-    kept = list(range(min(layers, parts.anatomy.depth)))
-    counted = Twin(job, parts, counts=True).alone(kept, [batch], recomputed)
+    twin = Twin(job, parts, counts=True)
+    kept = twin.trained_layers()[:layers] or list(range(min(layers, twin.depth)))
+    counted = twin.alone(kept, [batch], recomputed)
     with Twin(job, parts).real(kept, recomputed, device) as work:
         work.model.train()
         seconds = []

@@ -91,6 +91,10 @@ class Twin:
         """Decoder layers in all."""
         return len(self.layers)
 
+    def trained_layers(self) -> list[int]:
+        """The decoder layers in which something trains."""
+        return [number for number, layer in enumerate(self.layers) if _trained(layer)]
+
     def step(self, micro_batches: Sequence[Batch], recomputed: int) -> Lived:
         """One optimiser step over `micro_batches` (real, on the CPU), the optimiser's state in place.
 

@@ -80,6 +80,16 @@ def test_on_the_device_at_hand_speed_is_measured(line: list[str], capsys: pytest
     }
 
 
+@pytest.mark.parametrize("more", ["layers=last:2", "method=prompt"])
+def test_layers_without_anything_to_train_are_not_measured_alone(
+    more: str, line: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [w for w in line if not (more.startswith("method") and w.partition("=")[0] in ("method", "rank"))]
+    code, found = fit(capsys, *words, more, "quants=[none]")
+    assert code == 0
+    assert found["speed"]["error"] is not None
+
+
 def test_what_does_not_fit_says_so_and_loses(capsys: pytest.CaptureFixture[str]) -> None:
     common = ["model=llama-7b", "method=lora", "rank=8", "seq_len=256", "batch=2"]
     code, found = fit(capsys, *common, "device=12gb", "quants=[none,nf4]", "ranks=[4]")
