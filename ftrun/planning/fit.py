@@ -78,7 +78,8 @@ class Fit:
                 yield self._choice(other, Twin(other, parts, self.device, counts=True), rows, more)
 
     def _choice(self, job: Job, twin: Twin, rows: int, overrides: list[str]) -> Choice:
-        fixed = dataclasses.replace(job, micro_batch=rows)
+        # whatever a method's YAML says: as few recomputed layers as fit
+        fixed = dataclasses.replace(job, micro_batch=rows, checkpointing="auto")
         settled = settle(fixed, twin, self.supply(job), self.device)
         words = (*overrides, f"micro_batch={rows}", f"checkpointing={settled.recomputed}")
         plan = settled.plan
@@ -135,6 +136,6 @@ def _why(choice: Choice, best: Choice) -> str:
     if not choice.fits:
         return "does not fit"
     if choice is best:
-        return "as fast as any that fits, and nearest to the job"
+        return "as fast as any, nearest to the job"
     share = choice.tokens_per_s / best.tokens_per_s
     return "as fast, within 3 %" if share >= _NEAR else f"slower: {share:.0%} of the fastest"
