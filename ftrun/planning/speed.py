@@ -76,8 +76,8 @@ def fitted(samples: Sequence[Sample]) -> Speed:
         others = Speed(_fit([s for n, s in enumerate(samples) if n != number]), None, "")
         errors.append(abs(others.seconds(one.cost) / one.seconds - 1))
     words = (
-        f"measured here, in {len(samples)} short steps of a few layers over lengths seen before (a CPU compiles kernels "
-        "for each new one: the first epoch is slower, the order of the choices the same)"
+        f"measured here, in {len(samples)} short steps of a few layers over lengths seen before (a CPU compiles "
+        "kernels for each new one: the first epoch is slower, the order of the choices the same)"
     )
     return Speed(_fit(samples), statistics.median(errors), words)
 
