@@ -30,6 +30,7 @@ from ftrun.memory.device import Device
 from ftrun.methods.files import load_adapter
 from ftrun.models.base import Base, open_base
 from ftrun.models.forward import PACKED, PLAIN, TokenLoss, register_attention
+from ftrun.models.fuse import fuse
 from ftrun.models.load import fill
 from ftrun.models.select import anatomy as find_anatomy
 from ftrun.models.skeleton import check_length, skeleton
@@ -120,6 +121,8 @@ def furnish(job: Job, parts: Sketch, device: torch.device, cache: Path, say: Say
 
 def attach(job: Job, parts: Sketch) -> None:
     """The method on the model, whether its tensors are real, fake or on meta."""
+    if job.kernels == "fast":
+        fuse(parts.model)
     parts.tuner.attach(parts.model, parts.anatomy, kernels=job.kernels)
 
 

@@ -57,12 +57,21 @@ class Anatomy:
     tied: bool  # the head is the embedding's own weight
 
 
+def rounded(tokens: int) -> int:
+    """The size that so many tokens are filled up to, by at most a 32nd part, or 7.
+
+    Kernels are prepared, tuned or compiled for each new size: so there are few of them, and they fit whole tiles.
+    """
+    step = max(8, 1 << max(0, tokens.bit_length() - 6))
+    return -(-tokens // step) * step
+
+
 @dataclass(frozen=True)
 class Batch:
     """Rows of one micro-batch, shifted and ready. All counts are Python numbers: no device is asked.
 
-    input_ids, position_ids, targets: int64, (1, sum(lengths)) when packed, else (rows, max(lengths)) padded right.
-    targets[i] is the token that follows input_ids[i] in its own row, or IGNORE where it is not learnt.
+    input_ids, position_ids, targets: int64, (1, sum(lengths) + filler) when packed, else (rows, max(lengths)) padded
+    right. targets[i] is the token that follows input_ids[i] in its own row, or IGNORE where it is not learnt.
     """
 
     input_ids: torch.Tensor
@@ -73,11 +82,19 @@ class Batch:
     tokens: int  # real ones
     supervised: int  # targets that are learnt
     rows: tuple[int, ...]  # each row's index in its data, to name it in messages
+    filler: int = 0  # tokens of a last row of padding, where packed: see `rounded`
     learnt: torch.Tensor | None = None  # int64: where the flattened targets are learnt; found here, on the host
+    # (packed: a rounded number of places, the last ones repeating a place that is not learnt)
 
     def __post_init__(self) -> None:
-        if self.learnt is None:
-            object.__setattr__(self, "learnt", (self.targets.flatten() != IGNORE).nonzero().squeeze(-1))
+        if self.learnt is not None:
+            return
+        unlearnt = self.targets.flatten() == IGNORE
+        found = (~unlearnt).nonzero().squeeze(-1)
+        more = rounded(found.numel()) - found.numel()
+        if self.packed and more and unlearnt.any():
+            found = found.new_tensor([*found.tolist(), *[int(unlearnt.nonzero()[0])] * more])
+        object.__setattr__(self, "learnt", found)
 
     def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         """The same batch with every tensor changed."""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ftrun.data.rows import Rows
-from ftrun.values import IGNORE, Batch
+from ftrun.values import IGNORE, Batch, rounded
 
 
 def order(n_rows: int, seed: int, epoch: int) -> np.ndarray:
@@ -77,14 +77,15 @@ def micro(
 def collate(rows: Rows, indices: Sequence[int], packed: bool, pad_id: int) -> Batch:
     """Rows as one micro-batch, shifted: the target at i is the row's token i + 1 where that is learnt, else IGNORE.
 
-    packed: (1, sum(lengths)), the rows one after another, positions restarting with each. Else (rows, max(lengths)),
-    padded right with pad_id, position 0 and IGNORE.
+    packed: (1, sum(lengths) + filler), the rows one after another, positions restarting with each, and a last row of
+    padding up to a rounded size. Else (rows, max(lengths)), padded right with pad_id, position 0 and IGNORE.
     """
     if not len(indices):
         raise ValueError("a micro-batch of no rows")
     ids = [rows.ids(i) for i in indices]
     lengths = tuple(len(one) for one in ids)
-    shape = (1, sum(lengths)) if packed else (len(ids), max(lengths))
+    filler = rounded(sum(lengths)) - sum(lengths) if packed else 0
+    shape = (1, sum(lengths) + filler) if packed else (len(ids), max(lengths))
     inputs = np.full(shape, pad_id, np.int64)
     positions = np.zeros(shape, np.int64)
     targets = np.full(shape, IGNORE, np.int64)
@@ -97,6 +98,7 @@ def collate(rows: Rows, indices: Sequence[int], packed: bool, pad_id: int) -> Ba
         learn = rows.learn(index)[1:].astype(bool)
         targets[line, first : first + size - 1] = np.where(learn, one[1:], IGNORE)
         start += size
+    positions[0, start:] = np.arange(filler) if packed else positions[0, start:]
     return Batch(
         input_ids=torch.from_numpy(inputs),
         position_ids=torch.from_numpy(positions),
@@ -106,31 +108,39 @@ def collate(rows: Rows, indices: Sequence[int], packed: bool, pad_id: int) -> Ba
         tokens=sum(lengths),
         supervised=int((targets != IGNORE).sum()),
         rows=tuple(int(i) for i in indices),
+        filler=filler,
     )
 
 
 def filled(rows: int, length: int, packed: bool) -> Batch:
     """A micro-batch of `rows` rows of `length` tokens, all of them learnt: the largest that a job can meet."""
-    shape = (1, rows * length) if packed else (rows, length)
+    filler = rounded(rows * length) - rows * length if packed else 0
+    shape = (1, rows * length + filler) if packed else (rows, length)
     return Batch(
         input_ids=torch.zeros(shape, dtype=torch.int64),
-        position_ids=torch.arange(length).repeat(rows).view(shape),
+        position_ids=torch.cat([torch.arange(length).repeat(rows), torch.arange(filler)]).view(shape),
         targets=torch.zeros(shape, dtype=torch.int64),
         lengths=(length,) * rows,
         packed=packed,
         tokens=rows * length,
         supervised=rows * length,
         rows=tuple(range(rows)),
+        filler=filler,
     )
 
 
 def cut(batch: Batch, length: int) -> Batch:
     """The micro-batch with its rows cut to `length` tokens."""
+    lengths = tuple(min(n, length) for n in batch.lengths)
+    more = 0
     if batch.packed:
-        keep = (batch.position_ids[0] < length).nonzero().squeeze(-1)
+        real = batch.position_ids[0, : sum(batch.lengths)]
+        more = rounded(sum(lengths)) - sum(lengths)
+        filler = torch.arange(sum(batch.lengths), sum(batch.lengths) + more).clamp_max(batch.input_ids.shape[1] - 1)
+        keep = torch.cat([(real < length).nonzero().squeeze(-1), filler])
     else:
         keep = torch.arange(min(length, batch.input_ids.shape[1]))
-    lengths = tuple(min(n, length) for n in batch.lengths)
     tensors = {name: getattr(batch, name)[:, keep] for name in ("input_ids", "position_ids", "targets")}
     learnt = int((tensors["targets"] != IGNORE).sum())
-    return dataclasses.replace(batch, **tensors, lengths=lengths, tokens=sum(lengths), supervised=learnt, learnt=None)
+    facts = {"lengths": lengths, "tokens": sum(lengths), "supervised": learnt, "filler": more, "learnt": None}
+    return dataclasses.replace(batch, **tensors, **facts)

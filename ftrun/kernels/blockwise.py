@@ -23,7 +23,7 @@ import torch
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 import bitsandbytes.functional as bnb  # noqa: E402
 
-from ftrun.kernels import pages  # noqa: E402
+from ftrun.kernels import compiled, pages  # noqa: E402
 
 NESTED_BLOCK = 256  # constants to one constant of their own, under double quantisation
 INT8_MAX = 127
@@ -85,9 +85,30 @@ def dequantise_4bit(
     count = math.prod(shape)
     if count % 2:  # bitsandbytes would compile a kernel for these
         return reference_dequantise_4bit(packed, absmax, kind, block_size, shape, dtype)
+    if dtype == torch.bfloat16 and not count % block_size and _by_ours(packed):
+        return torch.ops.ftrun.dequantise_4bit(packed, absmax, kind, block_size, shape)
     # its CPU kernel mixes constants up where a block crosses a row, so rows are made of whole blocks
     matrix = (1, count) if count % block_size else (count // block_size, block_size)
     return torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, block_size, kind, matrix, dtype).view(shape)
+
+
+def _by_ours(packed: torch.Tensor) -> bool:
+    """On a CPU our kernel takes a third of bitsandbytes' time, for the same bytes."""
+    return compiled.place(packed) == "cpu" and compiled.at_hand(packed)
+
+
+def _dequantise_4bit(
+    packed: torch.Tensor, absmax: torch.Tensor, kind: str, block_size: int, shape: list[int]
+) -> torch.Tensor:
+    out = torch.empty(shape, dtype=torch.bfloat16)
+    code = _code(kind)
+    compiled.call("dequantise_4bit", True, out.numel(), packed, absmax, block_size, code, out)
+    return out
+
+
+@functools.cache
+def _code(kind: str) -> torch.Tensor:
+    return torch.tensor(CODES[kind])
 
 
 def quantise_constants(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -177,6 +198,9 @@ def _register() -> None:
     define("ftrun::dequantise_constants", "(Tensor quantised, Tensor nested, Tensor offset) -> Tensor")
     implement("ftrun::dequantise_constants", "default", _dequantise_constants)
     fake("ftrun::dequantise_constants", lambda q, nested, offset: torch.empty_like(q, dtype=torch.float32))
+    define("ftrun::dequantise_4bit", "(Tensor packed, Tensor absmax, str kind, int block, int[] shape) -> Tensor")
+    implement("ftrun::dequantise_4bit", "default", _dequantise_4bit)
+    fake("ftrun::dequantise_4bit", lambda packed, *how: packed.new_empty(how[-1], dtype=torch.bfloat16))
     define("ftrun::dequantise_int8", "(Tensor quantised, Tensor absmax, ScalarType dtype) -> Tensor")
     implement("ftrun::dequantise_int8", "default", _dequantise_int8)
     fake("ftrun::dequantise_int8", lambda q, absmax, dtype: torch.empty_like(q, dtype=dtype))

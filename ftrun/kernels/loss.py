@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ftrun.kernels import compiled
 from ftrun.values import IGNORE
 
 CHUNK = 512  # tokens of logits at once: static, so that the peak can be planned
@@ -65,7 +66,8 @@ def chunked_loss(
 def _head_loss(
     hidden: torch.Tensor, targets: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor], shape: Shape
 ) -> torch.Tensor:
-    return F.cross_entropy(shape(head(hidden)).float(), targets, reduction="sum")
+    logits = shape(head(hidden)).float()
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
@@ -89,20 +91,81 @@ def _chunk(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, shape: Shape, gradient: torch.Tensor | None
 ) -> torch.Tensor:
     """The chunk's loss; d loss / d hidden is written into `gradient` where it is given."""
-    logits = shape(F.linear(hidden, weight)).float()
-    bend = None if gradient is None or shape.cap is None else 1 - (logits / shape.cap).square_()
-    picked = logits.gather(-1, targets[:, None])
-    largest = logits.amax(-1, keepdim=True)
+    logits = F.linear(hidden, weight)
+    cap = 0.0 if shape.cap is None else shape.cap
+    losses: torch.Tensor
+    if fused(logits):
+        losses = torch.ops.ftrun.cross_entropy_(logits, targets, shape.scale, cap, gradient is not None)
+    else:
+        logits = logits.float()
+        losses = _cross_entropy(logits, targets, shape.scale, cap, gradient is not None)
+    if gradient is not None:
+        logits = logits.to(hidden.dtype)  # float32 ones are gone before the product takes room for itself
+        torch.mm(logits, weight, out=gradient)
+    return losses.sum()
+
+
+def fused(logits: torch.Tensor) -> bool:
+    """Whether the loss is one operation on the logits as they are: where kernels are compiled for their device."""
+    return compiled.at_hand(logits)
+
+
+def _cross_entropy_(
+    logits: torch.Tensor, targets: torch.Tensor, scale: float, cap: float, gradient: bool
+) -> torch.Tensor:
+    """Each row's loss, (n,) float32; the logits (n, V) become their own gradients where `gradient` is asked for.
+
+    Targets of IGNORE have no loss and no gradient.
+    """
+    if logits.is_cuda:
+        return _on_cuda(logits, targets, scale, cap, gradient)
+    losses = torch.empty(logits.shape[0], dtype=torch.float32)
+    half = logits.dtype == torch.bfloat16
+    compiled.call("cross_entropy", half, *logits.shape, logits, targets, scale, cap, gradient, losses)
+    return losses
+
+
+@compiled.on_cuda
+def _on_cuda(logits: torch.Tensor, targets: torch.Tensor, scale: float, cap: float, gradient: bool) -> torch.Tensor:
+    wide = logits.float()
+    losses = _cross_entropy(wide, targets, scale, cap, gradient)
+    logits.copy_(wide)
+    return losses
+
+
+def _cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, scale: float, cap: float, gradient: bool
+) -> torch.Tensor:
+    """The same in plain torch, on float32 logits."""
+    learnt = targets != IGNORE
+    picks = targets.clamp_min(0)[:, None]
+    if scale != 1.0:
+        logits *= scale
+    if cap:
+        logits.div_(cap).tanh_().mul_(cap)
+    bend = 1 - (logits / cap).square_() if cap and gradient else None
+    picked, largest = logits.gather(-1, picks), logits.amax(-1, keepdim=True)
     # from here on in the logits' own memory: logsumexp and a scaled copy would each take as much again
     logits.sub_(largest).exp_()
     total = logits.sum(-1, keepdim=True)
-    if gradient is not None:
+    if gradient:
         logits.div_(total)  # softmax
-        logits.scatter_add_(-1, targets[:, None], logits.new_full((len(targets), 1), -1.0))
+        logits.scatter_add_(-1, picks, logits.new_full((len(targets), 1), -1.0))
         if bend is not None:
             logits *= bend
-        if shape.scale != 1.0:
-            logits *= shape.scale
-        logits = logits.to(hidden.dtype)  # the float32 ones are gone before the product takes room for itself
-        torch.mm(logits, weight, out=gradient)
-    return (total.log() + largest - picked).sum()
+        if scale != 1.0:
+            logits *= scale
+        logits *= learnt[:, None]
+    return (total.log() + largest - picked).squeeze(-1) * learnt
+
+
+def _register() -> None:
+    how = "Tensor targets, float scale, float cap, bool gradient"
+    torch.library.define("ftrun::cross_entropy_", f"(Tensor(a!) logits, {how}) -> Tensor")
+    torch.library.impl("ftrun::cross_entropy_", "default", _cross_entropy_)
+    torch.library.register_fake(
+        "ftrun::cross_entropy_", lambda logits, *how: logits.new_empty(logits.shape[0], dtype=torch.float32)
+    )
+
+
+_register()

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from ftrun.kernels import attention
+
 Sizes = Iterable[int]
 _INT8_CHUNK = 1 << 19  # elements that ftrun::dequantise_int8 makes dense at once (ftrun/kernels/blockwise.py)
 
@@ -89,6 +91,19 @@ def _attention_backward(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -
         yield 2 * threads * rows * columns * 2
 
 
+def _attended(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Sizes:
+    """ftrun/kernels/attention.py: where rows begin, and what the threads work in."""
+    lengths = args[3]
+    return 8 * (len(lengths) + 1), attention.scratch_bytes(lengths, args[0].shape[-1], back=False)
+
+
+def _attended_backward(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Sizes:
+    """As `_attended`, and each query head's own gradients of keys and values where heads share them."""
+    lengths, query, key = args[6], args[1], args[2]
+    yield from (8 * (len(lengths) + 1), attention.scratch_bytes(lengths, query.shape[-1], back=True))
+    yield attention.shares_bytes(query, key)
+
+
 def _tile(queries: int, keys: int) -> tuple[int, int]:
     """flash_attention_kernel_impl: 256 × 512 scores from 768 queries on, 64 × 512 from 192 on, else 32 × 512."""
     rows = 256 if queries >= 768 else 64 if queries >= 192 else 32
@@ -130,4 +145,6 @@ _RULES: dict[str, Callable[[Sequence[Any], dict[str, Any], Any], Sizes]] = {
     "bitsandbytes::optimizer_update_8bit_blockwise": _update_8bit,
     "bitsandbytes::optimizer_update_32bit": _update_32bit,
     "ftrun::dequantise_int8": _dequantise_int8,
+    "ftrun::attention": _attended,
+    "ftrun::attention_backward": _attended_backward,
 }

@@ -55,6 +55,9 @@ class DoRALinear(lora.LoRALinear):
             return product.reference(x, dense_weight(layer, dtype), self.bias, *trained)
         return product.fast(x, lambda: dense_weight(layer, dtype), self.bias, self.square, *trained)
 
+    def factors(self) -> None:
+        """Its product is shared with no other layer."""
+
     def merged_weight(self) -> torch.Tensor:
         with torch.no_grad():
             own = dense_weight(self.base)

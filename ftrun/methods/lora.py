@@ -5,6 +5,7 @@ A (rank, in) is drawn, B (out, rank) starts at zero, so the first step sees the 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -50,10 +51,16 @@ class LoRALinear(base.Wrapper):
         dropout = self.update.dropout if self.training else 0.0
         if self.update.kernels == "reference":
             return product.reference(x, self.base, self.lora_A, self.lora_B, self.scale, dropout)
-        layer, dtype = self.base, x.dtype
-        return product.fast(
-            x, lambda: dense_weight(layer, dtype), self.bias, self.lora_A, self.lora_B, self.scale, dropout
-        )
+        return product.fast(x, self._factors(), dropout=dropout)[0]
+
+    def factors(self) -> product.Factors | None:
+        """For a product that is shared with other layers of the same input; None where this one must run alone."""
+        alone = self.update.kernels == "reference" or (self.training and self.update.dropout)
+        return None if alone or not self.enabled else self._factors()
+
+    def _factors(self) -> product.Factors:
+        weight = functools.partial(dense_weight, self.base)
+        return product.Factors(weight, self.bias, self.lora_A, self.lora_B, self.scale)
 
     def merged_weight(self) -> torch.Tensor:
         with torch.no_grad():

@@ -16,7 +16,9 @@ from ftrun.models.packing import Attended, refusal
 from ftrun.values import Batch
 
 PACKED = "ftrun_packed"  # the name under which transformers finds our attention
+TRIAL = "ftrun_trial"  # notes what a family's code hands to attention (ftrun/models/fuse.py)
 PLAIN = "ftrun_plain"  # transformers' own "sdpa", told by the host whether anything is padded
+_CALLS: contextvars.ContextVar[list[Any]] = contextvars.ContextVar("calls")
 _UNPADDED = contextvars.ContextVar("unpadded", default=False)  # every row of the batch at hand is as long as the batch
 
 
@@ -25,7 +27,8 @@ def register_attention() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    AttentionInterface.register(PACKED, _attend)
+    AttentionInterface.register(PACKED, attend)
+    AttentionInterface.register(TRIAL, _note)
     AttentionMaskInterface.register(PACKED, _no_mask)
     AttentionInterface.register(PLAIN, sdpa_attention_forward)
     AttentionMaskInterface.register(PLAIN, _plain_mask)
@@ -67,7 +70,7 @@ def _plain_mask(attention_mask: torch.Tensor | None = None, **kwargs: Any) -> to
     return sdpa_mask(attention_mask=None if _UNPADDED.get() else attention_mask, **kwargs)
 
 
-def _attend(
+def attend(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -90,6 +93,24 @@ def _attend(
     return out.transpose(1, 2).contiguous(), None
 
 
+@contextlib.contextmanager
+def seen_in_trial() -> Iterator[list[tuple[tuple[torch.Tensor, ...], dict[str, Any]]]]:
+    """Within the block, calls of the attention function TRIAL: (query, key, value) and what else was told."""
+    calls: list[Any] = []
+    token = _CALLS.set(calls)
+    try:
+        yield calls
+    finally:
+        _CALLS.reset(token)
+
+
+def _note(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, **told: Any
+) -> tuple[torch.Tensor, None]:
+    _CALLS.get().append(((query, key, value), told))
+    return query.transpose(1, 2), None
+
+
 class TokenLoss:
     """Batch -> the sum of its supervised tokens' losses in nats, a float32 scalar that gradients flow through."""
 
@@ -107,7 +128,7 @@ class TokenLoss:
         if not self.fast:
             return full_loss(outputs, batch.targets)
         assert batch.learnt is not None
-        hidden = outputs.flatten(0, 1)[batch.learnt]
+        hidden = outputs.flatten(0, 1).index_select(0, batch.learnt)
         head = self.model.get_output_embeddings()
         return chunked_loss(hidden, batch.targets.flatten()[batch.learnt], head, _frozen(head), self.shape, self.chunk)
 
@@ -138,7 +159,7 @@ class TokenLoss:
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
         if batch.packed:
-            return {**inputs, "row_lengths": batch.lengths}
+            return {**inputs, "row_lengths": (*batch.lengths, batch.filler) if batch.filler else batch.lengths}
         width = batch.input_ids.shape[1]
         lengths = torch.tensor(batch.lengths, device=batch.input_ids.device)
         return {**inputs, "attention_mask": (torch.arange(width, device=lengths.device) < lengths[:, None]).long()}

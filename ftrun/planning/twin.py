@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ftrun import assemble
 from ftrun.job import Job
+from ftrun.kernels import compiled
 from ftrun.memory import cpu_kernels, cuda, stack
 from ftrun.memory.cost import Cost
 from ftrun.memory.device import Device, Options, resolve
@@ -170,9 +171,12 @@ class Twin:
                 tracker.forget()
                 yield tracker, work
 
-    def _operators(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def _operators(self) -> Iterator[None]:
         """The operators that the device takes, where they are not the CPU's."""
-        return cuda.CudaOps(self.device.capability) if self.device.type == "cuda" else nullcontext()
+        own = cuda.CudaOps(self.device.capability) if self.device.type == "cuda" else nullcontext()
+        with compiled.planned_for(self.device.type), own:
+            yield
 
     def _workspaces(self, tracker: Tracker) -> None:
         """What CUDA's libraries keep for themselves: each of the two threads that multiply has its own."""
