@@ -74,7 +74,7 @@ def _capped_row(
 
 def _all_at_once(q: torch.Tensor) -> bool:
     """Whether our kernel takes it."""
-    return compiled.place(q) == "cpu" and q.dtype == torch.bfloat16 and q.shape[0] == 1 and compiled.attention_at_hand()
+    return compiled.place(q) == "cpu" and q.dtype == torch.bfloat16 and q.shape[0] == 1 and compiled.tiles_at_hand()
 
 
 class _Tiled(torch.autograd.Function):

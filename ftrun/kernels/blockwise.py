@@ -94,7 +94,7 @@ def dequantise_4bit(
 
 def _by_ours(packed: torch.Tensor) -> bool:
     """On a CPU our kernel takes a third of bitsandbytes' time, for the same bytes."""
-    return compiled.place(packed) == "cpu" and compiled.at_hand(packed)
+    return compiled.place(packed) == "cpu" and compiled.library() is not None
 
 
 def _dequantise_4bit(

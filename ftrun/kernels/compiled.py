@@ -30,6 +30,7 @@ _FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno"
 _FLAGS += ("-fopenmp", "-fPIC", "-shared", "-std=c++17")
 _PATIENCE = 300  # seconds that a compiler may take
 _INT, _LONG, _FLOAT, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+_DTYPES = {"cpu": {torch.float32, torch.bfloat16}, "cuda": {torch.float32, torch.bfloat16, torch.float16}}
 _VIEW = (_POINTER, _LONG, _LONG)  # address, elements from token to token and from head to head
 _ATTENDED = (_LONG, _POINTER, _LONG, _LONG, _LONG, _FLOAT, _LONG, *_VIEW, *_VIEW, *_VIEW)
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
@@ -39,16 +40,21 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "gated_backward": (_INT, _INT, _LONG, _LONG, _LONG, *[_POINTER] * 5, _INT),
     "rope": (_INT, *[_LONG] * 4, *_VIEW, _POINTER, _POINTER, *_VIEW, _INT, _INT),
     "cross_entropy": (_INT, _LONG, _LONG, _POINTER, _POINTER, _FLOAT, _FLOAT, _INT, _POINTER, _INT),
+    "scale_columns": (_INT, _LONG, _LONG, _POINTER, _POINTER, _INT),
+    "scale_columns_backward": (_INT, _LONG, _LONG, *[_POINTER] * 5, _INT),
+    "cross": (_LONG, _LONG, _LONG, *[_POINTER] * 4, _INT),
     "dequantise_4bit": (_INT, _LONG, _POINTER, _POINTER, _LONG, _POINTER, _POINTER, _INT),
     "attention": (*_ATTENDED, _POINTER, _POINTER, _POINTER, _LONG, _INT),
     "attention_backward": (*_ATTENDED, *[_POINTER] * 8, _LONG, _INT),
 }
 
 
-def at_hand(tensor: torch.Tensor) -> bool:
-    """Whether a model may run by these operators where the tensor lies, or is planned to lie."""
-    device = place(tensor)
-    return device == "cuda" or (device == "cpu" and library() is not None)
+def takes(*tensors: torch.Tensor) -> bool:
+    """Whether these operators run on such tensors, where they lie or are planned to lie; all must have one dtype."""
+    device, dtypes = place(tensors[0]), {t.dtype for t in tensors}
+    if len(dtypes) > 1 or not dtypes <= _DTYPES.get(device, set()):
+        return False
+    return device != "cpu" or library() is not None
 
 
 def place(tensor: torch.Tensor) -> str:
@@ -66,10 +72,11 @@ def planned_for(device: str) -> Iterator[None]:
         _PLANNED.reset(token)
 
 
-def attention_at_hand() -> bool:
-    """Whether the processor and the system let attention run on AMX tiles."""
+@functools.cache
+def tiles_at_hand() -> bool:
+    """Whether the processor and the system let kernels run on AMX tiles."""
     found = library()
-    return found is not None and bool(found.ftrun_attention_works())
+    return found is not None and bool(found.ftrun_tiles_work())
 
 
 def call(name: str, *args: Any) -> None:

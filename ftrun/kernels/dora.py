@@ -12,6 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ftrun.kernels import compiled
+from ftrun.kernels.lora import Factors
+
 _PIECE = 1 << 22  # elements of W that are float32 at once
 
 
@@ -21,7 +24,13 @@ def squares(weight: torch.Tensor) -> torch.Tensor:
 
 
 def cross(weight: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-    """W Aᵀ: (out, rank) float32 from float32 products, in pieces of rows."""
+    """W Aᵀ: (out, rank) float32 from float32 sums, in pieces of rows.
+
+    A bfloat16 W on AMX tiles meets A as the sum of two bfloat16 ones: 16 bits of A, all of W, float32 sums.
+    """
+    if _tiled(weight):
+        found: torch.Tensor = torch.ops.ftrun.cross(weight.contiguous(), a.float().contiguous())
+        return found
     turned = a.float().T
     return torch.cat([rows.float() @ turned for rows in _pieces(weight)])
 
@@ -66,7 +75,28 @@ def reference(
     return F.linear(x, weight, bias) + (gain - 1).to(x.dtype) * F.linear(seen, weight) + update
 
 
-def fast(
+def factors(
+    weight: Callable[[torch.dtype], torch.Tensor],
+    bias: torch.Tensor | None,
+    square: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    magnitude: torch.Tensor,
+    scale: float,
+) -> Factors:
+    """The layer for a product that several share (ftrun/kernels/lora.py: `fast`), with the factored norm.
+
+    weight: makes the frozen (out, in) matrix in a dtype. square: ‖W‖², (out,) float32. Kept for the backward pass:
+    x, x Aᵀ and what comes out (before its bias), which whoever reads it mostly keeps as well.
+    """
+
+    def gain(matrix: torch.Tensor) -> torch.Tensor:
+        return magnitude.detach().float() / factored_norm(square, cross(matrix, a.detach()), a.detach(), b.detach(), scale)
+
+    return Factors(weight, bias, a, b, scale, gain, magnitude)
+
+
+def dropping(
     x: torch.Tensor,
     weight: Callable[[], torch.Tensor],
     bias: torch.Tensor | None,
@@ -75,12 +105,11 @@ def fast(
     b: torch.Tensor,
     magnitude: torch.Tensor,
     scale: float,
-    dropout: float = 0.0,
+    dropout: float,
 ) -> torch.Tensor:
-    """The value and gradients of `reference` as one autograd node with the factored norm.
+    """The value and gradients of `reference` under dropout, as one autograd node with the factored norm.
 
-    weight: makes the frozen (out, in) matrix in the dtype of x, once forward and once backward. square: ‖W‖², (out,)
-    float32. Kept for the backward pass: x, x Wᵀ and x Aᵀ. Gradients of a, b and magnitude have their own dtypes.
+    Kept for the backward pass: x, drop(x) Wᵀ and drop(x) Aᵀ.
     """
     return _DoRA.apply(x, a, b, magnitude, weight, bias, square, scale, dropout)
 
@@ -155,3 +184,33 @@ def _pieces(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def _drop(x: torch.Tensor, keep: torch.Tensor | None, dropout: float) -> torch.Tensor:
     return x if keep is None else x * keep / (1 - dropout)
+
+
+def _tiled(weight: torch.Tensor) -> bool:
+    fits = weight.dtype == torch.bfloat16 and weight.shape[1] % 32 == 0
+    return fits and compiled.place(weight) == "cpu" and compiled.tiles_at_hand()
+
+
+def _cross(weight: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    (rows, width), rank = weight.shape, a.shape[0]
+    out = torch.empty(rows, rank)
+    room = torch.empty(scratch_bytes(width, rank), dtype=torch.uint8)
+    compiled.call("cross", rows, width, rank, weight, a, out, room[-room.data_ptr() % 64 :])
+    return out
+
+
+def scratch_bytes(width: int, rank: int) -> int:
+    """What the kernel of W Aᵀ works in: A in two parts and turned over; a block of rows and its sums a thread."""
+    wide = -(-rank // 32) * 32
+    return 8 * wide * width + torch.get_num_threads() * 32 * (2 * width + 4 * wide) + 64
+
+
+def _register() -> None:
+    torch.library.define("ftrun::cross", "(Tensor weight, Tensor a) -> Tensor")
+    torch.library.impl("ftrun::cross", "default", _cross)
+    torch.library.register_fake(
+        "ftrun::cross", lambda weight, a: a.new_empty(weight.shape[0], a.shape[0], dtype=torch.float32)
+    )
+
+
+_register()

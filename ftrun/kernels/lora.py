@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ftrun.kernels import compiled
 from ftrun.kernels.dense import dense_weight, is_linear
 
 
@@ -43,6 +44,8 @@ class Factors:
 
     weight: makes the frozen (out, in) matrix in a dtype; called once forward, once backward where the input needs a
     gradient. bias (out,). a (rank, in), b (out, rank): of any float dtype; None where the layer is not tuned.
+    gain: DoRA's, from that matrix, (out,) float32 and a constant of the backward pass: what base and update give is
+    multiplied by it, before the bias; magnitude (out,): trained, what the gain is proportional to.
     """
 
     weight: Callable[[torch.dtype], torch.Tensor]
@@ -50,6 +53,8 @@ class Factors:
     a: torch.Tensor | None = None
     b: torch.Tensor | None = None
     scale: float = 1.0
+    gain: Callable[[torch.Tensor], torch.Tensor] | None = None
+    magnitude: torch.Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -63,8 +68,14 @@ def fast(x: torch.Tensor, *layers: Factors, dropout: float = 0.0) -> tuple[torch
     gradient in one tensor. Gradients of a and b have their own dtype (float32), whatever x is. At least one layer has
     an update; dropout: the same part of the input for all of them.
     """
-    trained = [t for layer in layers if layer.a is not None for t in (layer.a, layer.b)]
-    found: tuple[torch.Tensor, ...] = _LoRA.apply(x, layers, dropout, *trained)
+    found: tuple[torch.Tensor, ...] = _LoRA.apply(
+        x,
+        layers,
+        dropout,
+        *(layer.a for layer in layers),
+        *(layer.b for layer in layers),
+        *(layer.magnitude for layer in layers),
+    )
     return found
 
 
@@ -89,64 +100,160 @@ def _factors_of(layer: nn.Module) -> Factors | None:
 
 
 class _LoRA(torch.autograd.Function):
+    """The layers' A, B and magnitudes come as arguments (None where a layer has none), for the sake of autograd."""
+
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, layers: tuple[Factors, ...], dropout: float, *trained: torch.Tensor
+        ctx: Any, x: torch.Tensor, layers: tuple[Factors, ...], dropout: float, *trained: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...]:
         rows, dtype = x.reshape(-1, x.shape[-1]), x.dtype
         keep = torch.empty_like(rows, dtype=torch.bool).bernoulli_(1 - dropout) if dropout else None
-        a = trained[::2]
-        hidden = _drop(rows, keep, dropout) @ _stacked(a, dtype).T
-        found, parts = [], iter(zip(hidden.split([t.shape[0] for t in a], dim=1), trained[1::2], strict=True))
-        for layer in layers:
-            bias = None if layer.bias is None else layer.bias.to(dtype)
-            out = F.linear(rows, layer.weight(dtype), bias)
-            if layer.a is not None:
-                part, b = next(parts)
-                out.addmm_(part, b.to(dtype).T, alpha=layer.scale)
+        hidden = _drop(rows, keep, dropout) @ _stacked(layers, dtype).T
+        found, scaled, gains = [], [], []
+        for layer, part in zip(layers, hidden.split([layer.rank for layer in layers], dim=1), strict=True):
+            out, gain = _product(rows, layer, part)
+            scaled.append(None if gain is None else out)
+            gains.append(gain)
+            if gain is not None and layer.bias is not None:
+                out = out + layer.bias.to(dtype)
             found.append(out.view(*x.shape[:-1], out.shape[-1]))
-        ctx.save_for_backward(rows, hidden, keep, *trained)
-        ctx.layers = [(layer.weight, layer.rank, layer.scale) for layer in layers]
-        ctx.dropout, ctx.shape = dropout, x.shape
+        ctx.save_for_backward(rows, hidden, keep, *gains, *scaled)
+        ctx.layers, ctx.dropout, ctx.shape = layers, dropout, x.shape
         return tuple(found)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        rows, hidden, keep, *trained = ctx.saved_tensors
-        grads = tuple(g.reshape(-1, g.shape[-1]) for g in grads)
-        dtype, a, b = rows.dtype, trained[::2], trained[1::2]
-        tuned = [(g, scale) for g, (_, rank, scale) in zip(grads, ctx.layers, strict=True) if rank]
-        parts = hidden.split([t.shape[0] for t in a], dim=1)
-        grad_b = [(g.T @ part).to(t.dtype).mul_(s) for (g, s), part, t in zip(tuned, parts, b, strict=True)]
-        narrow = [g @ (t * s).to(dtype) for (g, s), t in zip(tuned, b, strict=True)]
-        together = narrow[0] if len(narrow) == 1 else torch.cat(narrow, dim=1)
-        whole = (together.T @ _drop(rows, keep, ctx.dropout)).to(a[0].dtype)
-        grad_a = whole.split([t.shape[0] for t in a])
-        grad_x = _to_input(ctx, grads, together, a, keep) if ctx.needs_input_grad[0] else None
-        return grad_x, None, None, *(t for pair in zip(grad_a, grad_b, strict=True) for t in pair)
+        rows, hidden, keep, *more = ctx.saved_tensors
+        layers: tuple[Factors, ...] = ctx.layers
+        gains, scaled = more[: len(layers)], more[len(layers) :]
+        flat = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        grad_m: list[torch.Tensor | None] = [None] * len(layers)
+        for i, (layer, gain) in enumerate(zip(layers, gains, strict=True)):
+            if gain is not None and layer.magnitude is not None:
+                flat[i], sums = unscaled(flat[i], scaled[i], gain)
+                m = layer.magnitude
+                grad_m[i] = torch.where(m == 0, 0, sums / m).to(m.dtype)
+        narrow, grad_b = _through_b(flat, layers, hidden)
+        grad_a = _through_a(narrow, layers, _drop(rows, keep, ctx.dropout))
+        grad_x = _to_input(ctx, flat, narrow, keep) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, *grad_a, *grad_b, *grad_m
+
+
+def _product(
+    rows: torch.Tensor, layer: Factors, hidden: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The layer's product and, where it has one, its gain: then the bias is left out."""
+    matrix = layer.weight(rows.dtype)
+    gain = None if layer.gain is None else layer.gain(matrix)
+    bias = None if layer.bias is None or gain is not None else layer.bias.to(rows.dtype)
+    out = F.linear(rows, matrix, bias)
+    if layer.b is not None:
+        out.addmm_(hidden, (layer.b * layer.scale).to(rows.dtype).T)
+    if gain is not None:
+        scale_columns_(out, gain)
+    return out, gain
+
+
+def _through_b(
+    grads: Sequence[torch.Tensor], layers: tuple[Factors, ...], hidden: torch.Tensor
+) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    """(the gradient of `hidden`, those of all B)."""
+    narrow, found = [], []
+    for grad, layer, part in zip(grads, layers, hidden.split([layer.rank for layer in layers], dim=1), strict=True):
+        if layer.b is not None:
+            narrow.append(grad @ (layer.b * layer.scale).to(grad.dtype))
+        found.append(None if layer.b is None else (grad.T @ part).to(layer.b.dtype).mul_(layer.scale))
+    return narrow[0] if len(narrow) == 1 else torch.cat(narrow, dim=1), found
+
+
+def _through_a(
+    narrow: torch.Tensor, layers: tuple[Factors, ...], seen: torch.Tensor
+) -> list[torch.Tensor | None]:
+    """The gradients of all A, each in memory of its own."""
+    whole = (narrow.T @ seen).split([layer.rank for layer in layers])
+    return [
+        None if layer.a is None else part.to(layer.a.dtype, copy=len(layers) > 1)
+        for part, layer in zip(whole, layers, strict=True)
+    ]
+
+
+def scale_columns_(x: torch.Tensor, gain: torch.Tensor) -> None:
+    """x (rows, out) times gain (out,) float32, in place, each product rounded once."""
+    if compiled.takes(x):
+        torch.ops.ftrun.scale_columns_(x, gain)
+    else:  # a gain near 1 must not be rounded to 16 bits itself
+        x.addcmul_(x, (gain - 1).to(x.dtype))
+
+
+def unscaled(grad: torch.Tensor, y: torch.Tensor, gain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(grad · gain, the sums of grad · y over rows as (out,) float32)."""
+    if compiled.takes(grad, y):
+        found: tuple[torch.Tensor, torch.Tensor] = torch.ops.ftrun.scale_columns_backward(grad.contiguous(), y, gain)
+        return found
+    sums = torch.linalg.vecdot(grad.T, y.T).float()
+    return torch.addcmul(grad, grad, (gain - 1).to(grad.dtype)), sums
 
 
 def _to_input(
-    ctx: Any,
-    grads: tuple[torch.Tensor, ...],
-    narrow: torch.Tensor,
-    a: Sequence[torch.Tensor],
-    keep: torch.Tensor | None,
+    ctx: Any, grads: Sequence[torch.Tensor], narrow: torch.Tensor, keep: torch.Tensor | None
 ) -> torch.Tensor:
     """The input's gradient, summed over the layers in one tensor."""
-    dtype, total = grads[0].dtype, None
-    for grad, (weight, _, _) in zip(grads, ctx.layers, strict=True):
-        total = grad @ weight(dtype) if total is None else total.addmm_(grad, weight(dtype))
+    dtype, total = narrow.dtype, None
+    for grad, layer in zip(grads, ctx.layers, strict=True):
+        matrix = layer.weight(dtype)
+        total = grad @ matrix if total is None else total.addmm_(grad, matrix)
     assert total is not None
     if keep is None:
-        return total.addmm_(narrow, _stacked(a, dtype)).view(ctx.shape)
-    return total.add_(_drop(narrow @ _stacked(a, dtype), keep, ctx.dropout)).view(ctx.shape)
+        return total.addmm_(narrow, _stacked(ctx.layers, dtype)).view(ctx.shape)
+    return total.add_(_drop(narrow @ _stacked(ctx.layers, dtype), keep, ctx.dropout)).view(ctx.shape)
 
 
-def _stacked(a: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+def _stacked(layers: Sequence[Factors], dtype: torch.dtype) -> torch.Tensor:
     """All A, one under another: (sum of ranks, in)."""
-    return a[0].to(dtype) if len(a) == 1 else torch.cat([t.to(dtype) for t in a])
+    found = [layer.a.to(dtype) for layer in layers if layer.a is not None]
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def _drop(x: torch.Tensor, keep: torch.Tensor | None, dropout: float) -> torch.Tensor:
     return x if keep is None else x * keep / (1 - dropout)
+
+
+def _scale_columns(x: torch.Tensor, gain: torch.Tensor) -> None:
+    if x.is_cuda:
+        _on_cuda(x, gain)
+    else:
+        compiled.call("scale_columns", x.dtype == torch.bfloat16, *x.shape, x, gain)
+
+
+def _scale_columns_backward(
+    grad: torch.Tensor, y: torch.Tensor, gain: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if grad.is_cuda:
+        return _back_on_cuda(grad, y, gain)
+    scaled, sums = torch.empty_like(grad), torch.empty_like(gain)
+    given = (grad, y, gain, scaled, sums)
+    compiled.call("scale_columns_backward", grad.dtype == torch.bfloat16, *grad.shape, *given)
+    return scaled, sums
+
+
+@compiled.on_cuda
+def _on_cuda(x: torch.Tensor, gain: torch.Tensor) -> None:
+    x.copy_(x * gain)
+
+
+@compiled.on_cuda
+def _back_on_cuda(grad: torch.Tensor, y: torch.Tensor, gain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return (grad * gain).to(grad.dtype), (grad.float() * y).sum(0)
+
+
+def _register() -> None:
+    define, implement, fake = torch.library.define, torch.library.impl, torch.library.register_fake
+    define("ftrun::scale_columns_", "(Tensor(a!) x, Tensor gain) -> ()")
+    implement("ftrun::scale_columns_", "default", _scale_columns)
+    fake("ftrun::scale_columns_", lambda x, gain: None)
+    define("ftrun::scale_columns_backward", "(Tensor grad, Tensor y, Tensor gain) -> (Tensor, Tensor)")
+    implement("ftrun::scale_columns_backward", "default", _scale_columns_backward)
+    fake("ftrun::scale_columns_backward", lambda grad, y, gain: (torch.empty_like(grad), torch.empty_like(gain)))
+
+
+_register()

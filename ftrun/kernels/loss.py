@@ -75,9 +75,12 @@ class _FrozenHeadLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden, weight, targets, shape, chunk):  # type: ignore[no-untyped-def]
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         total = hidden.new_zeros((), dtype=torch.float32)
+        # one room for all chunks: a new one each time is a new set of pages
+        room = hidden.new_empty(min(chunk, hidden.shape[0]), weight.shape[0])
         for start in range(0, hidden.shape[0], chunk):
-            rows = slice(start, start + chunk)
-            total += _chunk(hidden[rows], weight, targets[rows], shape, None if gradient is None else gradient[rows])
+            part, into = hidden[start : start + chunk], None if gradient is None else gradient[start : start + chunk]
+            logits = torch.mm(part, weight.T, out=room[: part.shape[0]])
+            total += _chunk(logits, weight, targets[start : start + chunk], shape, into)
         ctx.save_for_backward(gradient)
         return total
 
@@ -88,26 +91,25 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
 
 def _chunk(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, shape: Shape, gradient: torch.Tensor | None
+    logits: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, shape: Shape, gradient: torch.Tensor | None
 ) -> torch.Tensor:
-    """The chunk's loss; d loss / d hidden is written into `gradient` where it is given."""
-    logits = F.linear(hidden, weight)
+    """The chunk's loss; d loss / d hidden is written into `gradient` where it is given. Spends the logits."""
     cap = 0.0 if shape.cap is None else shape.cap
     losses: torch.Tensor
     if fused(logits):
         losses = torch.ops.ftrun.cross_entropy_(logits, targets, shape.scale, cap, gradient is not None)
     else:
-        logits = logits.float()
-        losses = _cross_entropy(logits, targets, shape.scale, cap, gradient is not None)
+        wide = logits.float()
+        losses = _cross_entropy(wide, targets, shape.scale, cap, gradient is not None)
+        logits = logits if wide is logits else logits.copy_(wide)
     if gradient is not None:
-        logits = logits.to(hidden.dtype)  # float32 ones are gone before the product takes room for itself
         torch.mm(logits, weight, out=gradient)
     return losses.sum()
 
 
 def fused(logits: torch.Tensor) -> bool:
     """Whether the loss is one operation on the logits as they are: where kernels are compiled for their device."""
-    return compiled.at_hand(logits)
+    return compiled.takes(logits)
 
 
 def _cross_entropy_(

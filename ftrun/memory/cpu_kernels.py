@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ftrun.kernels import attention
+from ftrun.kernels import attention, dora
 
 Sizes = Iterable[int]
 _INT8_CHUNK = 1 << 19  # elements that ftrun::dequantise_int8 makes dense at once (ftrun/kernels/blockwise.py)
@@ -104,6 +104,11 @@ def _attended_backward(args: Sequence[Any], kwargs: dict[str, Any], out: Any) ->
     yield attention.shares_bytes(query, key)
 
 
+def _cross(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Sizes:
+    """ftrun/kernels/dora.py: what W Aᵀ works in."""
+    return (dora.scratch_bytes(args[0].shape[1], args[1].shape[0]),)
+
+
 def _tile(queries: int, keys: int) -> tuple[int, int]:
     """flash_attention_kernel_impl: 256 × 512 scores from 768 queries on, 64 × 512 from 192 on, else 32 × 512."""
     rows = 256 if queries >= 768 else 64 if queries >= 192 else 32
@@ -145,6 +150,7 @@ _RULES: dict[str, Callable[[Sequence[Any], dict[str, Any], Any], Sizes]] = {
     "bitsandbytes::optimizer_update_8bit_blockwise": _update_8bit,
     "bitsandbytes::optimizer_update_32bit": _update_32bit,
     "ftrun::dequantise_int8": _dequantise_int8,
+    "ftrun::cross": _cross,
     "ftrun::attention": _attended,
     "ftrun::attention_backward": _attended_backward,
 }

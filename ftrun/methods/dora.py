@@ -5,6 +5,7 @@ m starts at ‖W‖ over the input of each output unit, so the first step sees t
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from ftrun.errors import UserError
 from ftrun.kernels import dora as product
 from ftrun.kernels.dense import dense_weight
+from ftrun.kernels.lora import Factors, fast
 from ftrun.methods import base, lora
 from ftrun.methods.low_rank import LowRank, Update
 from ftrun.methods.options import LowRankOptions
@@ -50,13 +52,17 @@ class DoRALinear(lora.LoRALinear):
         if not self.enabled:
             return self.base(x)
         layer, dtype, dropout = self.base, x.dtype, self.update.dropout if self.training else 0.0
-        trained = (self.lora_A, self.lora_B, self.magnitude, self.scale, dropout)
+        trained = (self.lora_A, self.lora_B, self.magnitude, self.scale)
         if self.update.kernels == "reference":
-            return product.reference(x, dense_weight(layer, dtype), self.bias, *trained)
-        return product.fast(x, lambda: dense_weight(layer, dtype), self.bias, self.square, *trained)
+            return product.reference(x, dense_weight(layer, dtype), self.bias, *trained, dropout)
+        if dropout:
+            return product.dropping(x, lambda: dense_weight(layer, dtype), self.bias, self.square, *trained, dropout)
+        return fast(x, self._factors())[0]
 
-    def factors(self) -> None:
-        """Its product is shared with no other layer."""
+    def _factors(self) -> Factors:
+        weight = functools.partial(dense_weight, self.base)
+        trained = (self.lora_A, self.lora_B, self.magnitude, self.scale)
+        return product.factors(weight, self.bias, self.square, *trained)
 
     def merged_weight(self) -> torch.Tensor:
         with torch.no_grad():

@@ -54,7 +54,7 @@ def _kind(module: nn.Module) -> Hashable:
 
 def _norm(module: Any, own: Callable[..., torch.Tensor], plus_one: bool, x: torch.Tensor) -> torch.Tensor:
     weight = module.weight
-    if weight.requires_grad or x.dtype != weight.dtype or not _takes(x):
+    if weight.requires_grad or not compiled.takes(x, weight):
         return own(x)
     return norm.fast(x, weight, _eps(module), plus_one)
 
@@ -82,7 +82,7 @@ _try_norm.fits = lambda module: (  # type: ignore[attr-defined]
 
 
 def _gated(module: Any, own: Callable[..., torch.Tensor], act: str, x: torch.Tensor) -> torch.Tensor:
-    if not _takes(x):
+    if not compiled.takes(x):
         return own(x)
     gate, up = together(x, (module.gate_proj, module.up_proj))
     return module.down_proj(gated.fast(gate, up, act))  # type: ignore[no-any-return]
@@ -124,7 +124,7 @@ def _attention(module: Any, own: Callable[..., Any], how: Attention, *args: Any,
     more = {k: v for k, v in kwargs.items() if k not in ("hidden_states", "position_embeddings", "attention_mask")}
     angles = kwargs.get("position_embeddings")
     strange = len(args) > 1 or more.get("past_key_values") is not None or kwargs.get("attention_mask") is not None
-    if strange or more.get("row_lengths") is None or angles is None or not _takes(hidden, *angles):
+    if strange or more.get("row_lengths") is None or angles is None or not compiled.takes(hidden, *angles):
         return own(*args, **kwargs)
     q, k, v = _heads(module, how, hidden, *angles, turn=rotary.fast)
     out, _ = attend(module, q, k, v, None, **{**more, **how.told})
@@ -231,9 +231,3 @@ def _numbers(*shape: int) -> torch.Tensor:
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.shape == other.shape and bool((one - other).abs().max() <= _CLOSE * one.abs().max())
 
-
-def _takes(*tensors: torch.Tensor) -> bool:
-    """Whether our kernels run on such tensors, all of one dtype."""
-    first = tensors[0]
-    dtypes = (torch.float32, torch.bfloat16) if compiled.place(first) == "cpu" else (torch.float32, torch.bfloat16, torch.float16)
-    return first.dtype in dtypes and all(t.dtype == first.dtype for t in tensors) and compiled.at_hand(first)

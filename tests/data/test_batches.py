@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from ftrun.data.batches import collate, micro, order, step_rows, steps_in
+from ftrun.data.batches import collate, cut, micro, order, step_rows, steps_in
 from ftrun.data.prefetch import prefetch
 from ftrun.data.rows import in_memory
-from ftrun.values import IGNORE
+from ftrun.values import IGNORE, rounded
 
 
 def some_rows(prefix=()):
@@ -72,7 +72,11 @@ def test_packed_and_padded_hold_the_same(prefix):
     indices = [2, 0, 4, 1]
     packed, padded = (collate(rows, indices, packed, pad_id=63) for packed in (True, False))
     assert packed.lengths == padded.lengths == tuple(rows.lengths[indices].tolist())
-    assert packed.input_ids.shape == (1, packed.tokens)
+    assert packed.input_ids.shape == (1, packed.tokens + packed.filler)
+    assert packed.tokens + packed.filler == rounded(packed.tokens)
+    assert (packed.input_ids[0, packed.tokens :] == 63).all()
+    assert (packed.targets[0, packed.tokens :] == IGNORE).all()
+    assert packed.position_ids[0, packed.tokens :].tolist() == list(range(packed.filler))
     assert padded.input_ids.shape == (4, max(packed.lengths))
     start = 0
     for line, (index, size) in enumerate(zip(indices, packed.lengths, strict=True)):
@@ -167,3 +171,19 @@ def test_prefetch_carries_exceptions():
     assert next(stream) == 1
     with pytest.raises(KeyError, match="broken"):
         next(stream)
+
+
+def test_sizes_are_rounded_by_a_32nd_part_at_most():
+    for tokens in [*range(1, 3000), 100_000, 100_001]:
+        assert 0 <= rounded(tokens) - tokens <= max(7, tokens / 32)
+        assert rounded(tokens) % 8 == 0
+        assert rounded(rounded(tokens)) == rounded(tokens)
+    assert len({rounded(n) for n in range(1024, 2048)}) <= 33
+
+
+def test_a_cut_batch_is_filled_up_anew():
+    batch = collate(some_rows(()), [2, 0, 4, 1], True, pad_id=63)
+    short = cut(batch, 3)
+    assert short.lengths == tuple(min(3, n) for n in batch.lengths)
+    assert short.input_ids.shape == (1, rounded(sum(short.lengths)))
+    assert short.filler == rounded(sum(short.lengths)) - sum(short.lengths)

@@ -152,5 +152,6 @@ def test_stops_early_when_evaluations_get_no_better(tmp_path: Path) -> None:
 def test_a_batch_moves_whole() -> None:
     ids = torch.arange(4)[None]
     batch = Batch(ids, ids, torch.tensor([[-100, 2, 3, -100]]), (4,), True, 4, 2, (0,))
-    assert batch.learnt.tolist() == [1, 2]
-    assert batch.to("cpu").learnt.tolist() == [1, 2]
+    learnt = [1, 2, *[0] * 6]  # filled up by a place that is not learnt
+    assert batch.learnt.tolist() == learnt
+    assert batch.to("cpu").learnt.tolist() == learnt

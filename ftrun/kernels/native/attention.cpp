@@ -252,7 +252,7 @@ void gather(i64 tokens, i64 heads, i64 groups, i64 width, const float* shares, b
 extern "C" {
 
 // whether this machine lets the process use the tiles
-int ftrun_attention_works() {
+int ftrun_tiles_work() {
     constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
     return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
 }
@@ -307,5 +307,5 @@ void ftrun_attention_backward(i64 rows, const i64* starts, i64 heads, i64 groups
 }
 }
 #else
-extern "C" int ftrun_attention_works() { return 0; }
+extern "C" int ftrun_tiles_work() { return 0; }
 #endif

@@ -1,4 +1,6 @@
 // 4-bit blocks made dense, and DoRA's W A^T from bfloat16 W and float32 A.
+#include <omp.h>
+
 #include "common.h"
 
 #ifdef __AVX512F__
@@ -58,5 +60,44 @@ void ftrun_dequantise_4bit(int half, i64 count, const uint8_t* packed, const flo
         else dequantise(first, last, packed, constants, block, code, (float*)out);
     }
 }
-
 }
+
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#include "tiles.h"
+
+// W A^T (rows, rank) float32 from W (rows, width) bfloat16 and A (rank, width) float32, as the sum of two products: A
+// is its nearest bfloat16 and what that leaves. width: a multiple of 32. scratch: 4 * up_to(rank, 32) * width * 2 bytes,
+// then per thread 32 * (width * 2 + up_to(rank, 32) * 4).
+extern "C" void ftrun_cross(i64 rows, i64 width, i64 rank, const void* weight, const float* a, float* out, char* scratch,
+                            int threads) {
+    const i64 R = up_to(rank, 32), size = R * width;
+    bf16 *part = (bf16*)scratch, *rest = part + size, *paired = rest + size, *paired_rest = paired + size;
+    std::memset((void*)part, 0, 2 * size * sizeof(bf16));
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (i64 i = 0; i < rank * width; i++) {
+        put(part[i], a[i]);
+        put(rest[i], a[i] - get(part[i]));
+    }
+    pair_columns(part, R, width, paired);
+    pair_columns(rest, R, width, paired_rest);
+    char* own = (char*)(paired_rest + size);
+#pragma omp parallel num_threads(threads)
+    {
+        Tiles tiles;
+        float* sums = (float*)(own + omp_get_thread_num() * 32 * (width * 2 + R * 4));
+        bf16* last = (bf16*)(sums + 32 * R);
+#pragma omp for schedule(static)
+        for (i64 first = 0; first < rows; first += 32) {
+            const i64 here = rows - first < 32 ? rows - first : 32;
+            const bf16* block = (const bf16*)weight + first * width;
+            if (here < 32) {
+                pad_rows(block, width, here, width, 32, width, last);
+                block = last;
+            }
+            product<false>(32, R, width, block, width, paired, R, sums, R);
+            product<true>(32, R, width, block, width, paired_rest, R, sums, R);
+            for (i64 i = 0; i < here; i++) std::memcpy(out + (first + i) * rank, sums + i * R, rank * 4);
+        }
+    }
+}
+#endif

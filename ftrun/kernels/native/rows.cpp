@@ -165,10 +165,54 @@ void cross_entropy(i64 rows, i64 vocabulary, T* logits, const i64* targets, floa
     }
 }
 
+// x times a number a column
+template <typename T> void scale_columns(i64 rows, i64 width, T* x, const float* gain, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (i64 row = 0; row < rows; row++) {
+        T* at = x + row * width;
+#pragma omp simd
+        for (i64 i = 0; i < width; i++) put(at[i], get(at[i]) * gain[i]);
+    }
+}
+
+// its gradient, scaled = grad gain, and each column's sum of grad y. By columns: the sums do not hang on the threads
+template <typename T>
+void scale_columns_backward(i64 rows, i64 width, const T* grad, const T* y, const float* gain, T* scaled, float* sums,
+                            int threads) {
+    constexpr i64 COLUMNS = 128;
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (i64 first = 0; first < width; first += COLUMNS) {
+        const i64 count = width - first < COLUMNS ? width - first : COLUMNS;
+        float total[COLUMNS] = {};
+        for (i64 row = 0; row < rows; row++) {
+            const T *g = grad + row * width + first, *o = y + row * width + first;
+            T* to = scaled + row * width + first;
+#pragma omp simd
+            for (i64 i = 0; i < count; i++) {
+                const float pull = get(g[i]);
+                total[i] += pull * get(o[i]);
+                put(to[i], pull * gain[first + i]);
+            }
+        }
+        std::memcpy(sums + first, total, count * 4);
+    }
+}
+
 }  // namespace
 
-
 extern "C" {
+
+void ftrun_scale_columns(int half, i64 rows, i64 width, void* x, const float* gain, int threads) {
+    if (half) scale_columns(rows, width, (bf16*)x, gain, threads);
+    else scale_columns(rows, width, (float*)x, gain, threads);
+}
+
+void ftrun_scale_columns_backward(int half, i64 rows, i64 width, const void* grad, const void* y, const float* gain,
+                                  void* scaled, float* sums, int threads) {
+    if (half) scale_columns_backward(rows, width, (const bf16*)grad, (const bf16*)y, gain, (bf16*)scaled, sums, threads);
+    else scale_columns_backward(rows, width, (const float*)grad, (const float*)y, gain, (float*)scaled, sums, threads);
+}
+
 
 void ftrun_rms_norm(int half, i64 rows, i64 width, const void* x, const void* w, float eps, int plus_one, void* y,
                     float* rstd, int threads) {
