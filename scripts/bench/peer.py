@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallba
 
 from scripts.bench import cases
 
-Asked = dict[str, Any]  # model, rows, out, method, quant, checkpointing, steps, batch
+Asked = dict[str, Any]  # model, rows, out, method, quant, checkpointing, steps, batch, save_every
 
 
 def asked() -> Asked:
@@ -77,7 +77,8 @@ def settings(job: Asked) -> dict[str, Any]:
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if job["checkpointing"] else None,
         "logging_steps": 1,
         "report_to": [],
-        "save_strategy": "no",
+        "save_strategy": "steps",
+        "save_steps": job["save_every"],
         "disable_tqdm": True,
         "seed": 0,
     }

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from scripts.bench import cases
 from scripts.bench.cases import Case, Side
 
 ROOT = Path(__file__).resolve().parents[2]
+_NEVER = 1_000_000  # steps
 
 
 def environment(cache: Path) -> dict[str, str]:
@@ -34,7 +37,7 @@ def overrides(side: Side, case: Case, steps: int, rows: Path, model: str | None 
         "data=jsonl", f"data.path={rows / 'train.jsonl'}", "data.held_out=0", "data.overlong=error",
         f"seq_len={cases.SEQ_LEN}", f"batch={case.batch}", f"steps={steps * case.epochs}",
         f"checkpointing={side.checkpointing}", *_optimiser(),
-        "eval=none", "log=none", "device=cpu", "save_every=1000000", *side.more,
+        "eval=none", "log=none", "device=cpu", *side.more,
     ]  # fmt: skip
 
 
@@ -46,15 +49,36 @@ def _optimiser() -> list[str]:
     ]  # fmt: skip
 
 
-def command(side: Side, case: Case, steps: int, rows: Path, out: Path, model: str | None) -> list[str]:
-    """What to run. It leaves a line in `out`/metrics.jsonl for each step, and `out`/adapter in PEFT's format."""
+def command(
+    side: Side, case: Case, steps: int, rows: Path, out: Path, model: str | None, saves: Sequence[int]
+) -> list[str]:
+    """What to run. It leaves a line in `out`/metrics.jsonl for each step, and `out`/adapter in PEFT's format.
+
+    saves: after how many steps it writes a checkpoint: of none or one.
+    """
+    every = saves[0] if saves else _NEVER
     if side.program == "ftrun":
-        return [sys.executable, "-m", "ftrun", *overrides(side, case, steps, rows, model), f"out={out}"]
+        words = overrides(side, case, steps, rows, model)
+        return [sys.executable, "-m", "ftrun", *words, f"save_every={every}", f"out={out}"]
     facts = json.loads((rows / "facts.json").read_text(encoding="utf-8"))
     asked = {"method": side.method, "quant": side.quant, "checkpointing": side.checkpointing == "all"}
-    asked |= {"model": facts["model"], "steps": steps * case.epochs, "batch": case.batch}
+    asked |= {"model": facts["model"], "steps": steps * case.epochs, "batch": case.batch, "save_every": every}
     asked |= {"rows": str(rows / "peer.jsonl"), "out": str(out)}
     return module(f"peer_{side.program}", json.dumps(asked))
+
+
+def adapters(side: Side, out: Path, saves: Sequence[int], total: int) -> dict[int, Path]:
+    """The run's adapters in PEFT's format, by the steps they have had."""
+    if side.program != "ftrun":
+        return {step: out / "trainer" / f"checkpoint-{step}" for step in saves} | {total: out / "adapter"}
+    found = {}
+    for step in saves:  # a checkpoint's trained weights have the adapter's names
+        found[step] = out / f"adapter-{step}"
+        found[step].mkdir()
+        shutil.copy(out / "adapter" / "adapter_config.json", found[step])
+        weights = out / "checkpoints" / f"step-{step}" / "trained.safetensors"
+        shutil.copy(weights, found[step] / "adapter_model.safetensors")
+    return found | {total: out / "adapter"}
 
 
 def own_cache(folder: Path, users: Path) -> Path:
