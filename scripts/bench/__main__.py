@@ -80,8 +80,8 @@ def _asked() -> tuple[pairs.Asked, list[str], Path | None, bool]:
     parser.add_argument("--out", type=Path, help="write every figure to this file, as JSON")
     parser.add_argument("--no-breakdown", action="store_true", help="leave out where a step's time goes")
     a = parser.parse_args()
-    if a.steps < 3 or a.pairs < 1 or a.held_out < 1:
-        parser.error("expected --steps of 3 or more, --pairs and --held-out of 1 or more")
+    if a.steps < 4 or a.pairs < 1 or a.held_out < 1:
+        parser.error("expected --steps of 4 or more, --pairs and --held-out of 1 or more")
     data = str(Path(a.data).expanduser().absolute()) if a.data else None
     asked = pairs.Asked(a.pairs, a.steps, a.held_out, data, a.model, tuple(a.set))
     return asked, a.cases, a.out, not a.no_breakdown

@@ -62,7 +62,7 @@ def of_job(session: Session) -> tuple[floor.Shape, dict[str, Any]]:
     )
     depth, recomputed, dora = parts.anatomy.depth, session.settled.recomputed, parts.tuner.kind == "dora"
     shape = floor.Shape(weights, depth, heads * width, config.hidden_size, config.vocab_size, recomputed, dora)
-    steps = [sum(assemble.micro_rows(job, corpus, job.batch, step), []) for step in range(session.total)]
+    steps = [assemble.micro_rows(job, corpus, job.batch, step)[0] for step in range(session.total)]
     lengths = [corpus.train.lengths[rows].tolist() for rows in steps]
     learnt = [int(corpus.train.supervised[rows].sum()) for rows in steps]
     each = [floor.operations(shape, n, s) for n, s in zip(lengths, learnt, strict=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -42,7 +43,7 @@ def steps_to(level: float, held_out: dict[int, float]) -> float:
     The last step known where it did not.
     """
     known = sorted(held_out.items())
-    for (a, high), (b, low) in zip(known, known[1:], strict=False):
+    for (a, high), (b, low) in itertools.pairwise(known):
         if high <= level:
             return float(a)
         if low <= level:

@@ -73,7 +73,7 @@ def one(case: Case, side: Side, asked: Asked, place: Place, pair: int, judged: b
     """One run of one side. judged: it saves halfway, and its adapters are evaluated. Raises Failed."""
     out = place.runs / f"{pair}-{'ours' if side.program == 'ftrun' else side.program}-{_name(side)}"
     total = asked.steps * case.epochs
-    saves = [total // 2] if judged and total > 1 else []
+    saves = [-(-total // 2)] if judged else []  # its next multiple is the end or beyond it
     command = sides.command(side, case, asked.steps, place.rows, out, asked.model, saves)
     seen = watch(command, out / "metrics.jsonl", out.with_suffix(".log"), place.runs, place.env)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -126,5 +126,3 @@ def child(place: Place, name: str, words: dict[str, Any]) -> Any:
 def as_json(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """The raw figures."""
     return [asdict(run) for run in runs]
-
-

@@ -1,6 +1,6 @@
 """transformers' Trainer with PEFT: rows of one length, loss on every token.
 
-    python -m scripts.bench.peer_hf JSON    (scripts/bench/peer.py says what it holds)
+Run as python -m scripts.bench.peer_hf JSON; scripts/bench/peer.py says what that holds.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """TRL's SFTTrainer with PEFT: rows of varying length, loss on the answer only.
 
-    python -m scripts.bench.peer_trl JSON    (scripts/bench/peer.py says what it holds)
+Run as python -m scripts.bench.peer_trl JSON; scripts/bench/peer.py says what that holds.
 """
 
 from __future__ import annotations

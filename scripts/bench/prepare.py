@@ -29,6 +29,7 @@ from scripts.bench import sides
 from scripts.bench.cases import CASES, SEQ_LEN, Case
 
 Row = dict[str, Any]  # a line of train.jsonl
+_CUTS, _FILLERS = 64, (" a", "a")  # places at which a text is tried to be cut, and what fills it up
 
 
 def prepare(case: Case, steps: int, held_out: int, rows: str | None, out: Path, model: str | None) -> None:
@@ -81,18 +82,14 @@ def full(found: Sequence[list[Row]], tokenizer: Any, count: int) -> Iterator[Row
     for _ in range(count):
         piece = (text[start:] + "\n\n" + text)[: 12 * size]
         ids, ends = _tokens(piece, tokenizer)
-        # only before a space is a cut sure to leave the tokens before it as they are
-        places = [n for n in range(min(size, len(ids) - 1), 0, -1) if piece[ends[n - 1]] == " "]
-        exact = (n for n in places if len(_tokens(_filled(piece, ends, n, size), tokenizer)[0]) == size)
-        place = next(exact, None)
-        if place is None:
+        # a cut may change the tokens before it, and a filler may be more than one: what comes out decides
+        tried = ((n, f) for n in range(min(size, len(ids)), max(0, size - _CUTS), -1) for f in _FILLERS)
+        texts = ((ends[n - 1], piece[: ends[n - 1]] + f * (size - n)) for n, f in tried)
+        end, exact = next(((e, t) for e, t in texts if len(_tokens(t, tokenizer)[0]) == size), (0, None))
+        if exact is None:
             raise UserError(f"the data: found no text of {SEQ_LEN} tokens")
-        start = (start + ends[place - 1]) % len(text)
-        yield {"text": _filled(piece, ends, place, size)}
-
-
-def _filled(piece: str, ends: Sequence[int], tokens: int, size: int) -> str:
-    return piece[: ends[tokens - 1]] + " a" * (size - tokens)
+        start = (start + end) % len(text)
+        yield {"text": exact}
 
 
 def _tokens(text: str, tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -31,7 +31,8 @@ def module(name: str, *words: str) -> list[str]:
 def overrides(side: Side, case: Case, steps: int, rows: Path, model: str | None = None) -> list[str]:
     """ftrun's command line but for `out`. rows: the folder that `prepare.py` filled; model: a folder with a base."""
     named = [f"model.path={model}"] if model else []
-    return named + [
+    return [
+        *named,
         f"method={'q' if side.quant == 'nf4' else ''}{side.method}",
         f"rank={cases.RANK}", f"alpha={cases.ALPHA}", "dropout=0", f"layers={side.layers}",
         "data=jsonl", f"data.path={rows / 'train.jsonl'}", "data.held_out=0", "data.overlong=error",
