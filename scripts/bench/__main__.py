@@ -54,7 +54,7 @@ def run(case: Case, asked: pairs.Asked, folder: Path, cache: Path, broken_down: 
     print(f"\n{case.name}: {case.ours} against {case.other}", flush=True)
     place = pairs.prepared(case, asked, folder, cache)
     ours, other = pairs.in_turn(case, asked, place, _say)
-    found = {"summary": figures.summary(case, ours, other)}
+    found: dict[str, Any] = {"summary": figures.summary(case, ours, other)}
     found |= {"ours": pairs.as_json(ours), "other": pairs.as_json(other)}
     _say(words.ratios(found["summary"]))
     if broken_down:

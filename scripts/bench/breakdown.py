@@ -12,7 +12,7 @@ import json
 import statistics
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -83,12 +83,13 @@ def measured(session: Session) -> dict[str, Any]:
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         profiled = [_step(session, work, WARM + TIMED + number) for number in range(PROFILED)]
     kinds, rest = sums(seen.events() or [])
+    largest = sorted(rest.items(), key=lambda item: -item[1])[:_SHOWN]
     kinds[patterns.OUTSIDE] = max(0.0, sum(profiled) - sum(kinds.values()))
     return {
         "seconds": timed,
         "profiled_s": sum(profiled) / PROFILED,
         "kinds": {kind: kinds[kind] / PROFILED for kind in patterns.ORDER},
-        "rest": {name: seconds / PROFILED for name, seconds in rest.most_common(_SHOWN)},
+        "rest": {name: seconds / PROFILED for name, seconds in largest},
         "micro_batch": session.settled.micro_batch,
         "recomputed": session.settled.recomputed,
     }
@@ -111,9 +112,7 @@ def mark_parts() -> None:
     """The loss and each layer that is computed again get a mark in the profile."""
     TokenLoss.score = marked(TokenLoss.score, patterns.LOSS)  # type: ignore[method-assign]
     again = recompute.checkpoint
-    recompute.checkpoint = lambda forward, *args, **more: again(  # type: ignore[assignment]
-        marked(forward, patterns.LAYER), *args, **more
-    )
+    recompute.checkpoint = lambda forward, *args, **more: again(marked(forward, patterns.LAYER), *args, **more)
 
 
 def marked(function: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -127,10 +126,10 @@ def marked(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     return inner
 
 
-def sums(events: Any) -> tuple[Counter[str], Counter[str]]:
+def sums(events: Any) -> tuple[dict[str, float], dict[str, float]]:
     """(seconds by kind, seconds by name of what is in no kind) of the profiler's events, each's own time alone."""
-    kinds: Counter[str] = Counter()
-    rest: Counter[str] = Counter()
+    kinds: dict[str, float] = defaultdict(float)
+    rest: dict[str, float] = defaultdict(float)
     for event in events:
         seconds = event.self_cpu_time_total / 1e6
         kind = patterns.classify(_names(event))

@@ -83,7 +83,18 @@ def _quality(ours: Run, other: Run, speeds: Sequence[float]) -> dict[str, Any]:
     }
 
 
-_HEAD = ("case", "tokens/s", "against", "ratio", "peak GB", "against", "ratio", "held-out", "against", "differ")
+_HEAD: tuple[str, ...] = (
+    "case",
+    "tokens/s",
+    "against",
+    "ratio",
+    "peak GB",
+    "against",
+    "ratio",
+    "held-out",
+    "against",
+    "differ",
+)
 _HEAD += ("s to loss", "against", "ratio")
 
 
