@@ -12,7 +12,7 @@ ARGS ?=
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c scripts/constraints.txt $(PIP_ARGS)
 
 .NOTPARALLEL:
-.PHONY: help run test check setup clean
+.PHONY: help run test bench check setup clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1	/' | expand -t 15
@@ -22,6 +22,9 @@ run: setup ## train the main job (ftrun method=qlora rank=16); ARGS="steps=50" f
 
 test: setup ## the tests
 	@$(BIN)/python -m pytest $(ARGS)
+
+bench: setup ## speed and memory against the peers; BENCH_DATA=rows.jsonl for other rows than the bundled
+	@$(BIN)/python scripts/bench $(if $(BENCH_DATA),--data '$(BENCH_DATA)') $(ARGS)
 
 check: setup ## lint, format, types
 	@$(BIN)/python -m ruff check .
