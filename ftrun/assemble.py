@@ -124,10 +124,23 @@ def attach(job: Job, parts: Sketch) -> None:
 
 
 def recompute_first(parts: Sketch, layers: int) -> None:
-    """The first `layers` decoder layers, and no others, are computed again in the backward pass."""
-    every = decoder(parts)
+    """The first `layers` decoder layers that record a graph, and no others, are computed again in the backward pass."""
+    every, below = decoder(parts), frozen_below(parts)
     keep_all(every)
-    recompute(every[:layers], preserve_rng=bool(getattr(parts.tuner.options, "dropout", 0.0)))
+    recompute(every[below : below + layers], preserve_rng=bool(getattr(parts.tuner.options, "dropout", 0.0)))
+
+
+def frozen_below(parts: Sketch) -> int:
+    """How many decoder layers lie below all that trains: no gradient reaches them, so that they record no graph.
+
+    What trains outside the layers lies below them, but for a head of its own.
+    """
+    every = decoder(parts)
+    places = {p: number for number in reversed(range(len(every))) for p in every[number].parameters()}
+    embedded = set(parts.model.get_input_embeddings().parameters())
+    head = [p for p in parts.model.get_output_embeddings().parameters() if p not in embedded]
+    places |= dict.fromkeys(head, len(every))
+    return min((places.get(p, 0) for p in parts.model.parameters() if p.requires_grad), default=len(every))
 
 
 def decoder(parts: Sketch) -> list[nn.Module]:

@@ -77,7 +77,7 @@ class Job:
     seed: int = option(0, "seed of every random choice", ge=0, le=2**32 - 1)
     checkpointing: int | str = option(
         "auto",
-        "recompute layers in backward: none, all, auto, or a number",
+        "layers recomputed in backward, from the lowest trained one on: none, all, auto, or a number",
         ge=0,
         pattern="none|all|auto",
         form="none, all, auto, or a number of layers as 12",

@@ -13,7 +13,7 @@ from ftrun.errors import UserError
 from ftrun.job import Job
 from ftrun.memory.device import Device
 from ftrun.planning.plan import Plan
-from ftrun.planning.settle import Settled, Worst, planned
+from ftrun.planning.settle import Settled, Worst, layer_counts, planned
 from ftrun.planning.twin import Twin
 from ftrun.runs import cache_dir
 
@@ -89,7 +89,7 @@ class Advisor:
         job = self._job(overrides)
         alike = all(_key(override) in _OF_THE_STEP for override in overrides)
         twin = self.twin if alike else Twin(job, assemble.sketch(job, cache_dir(), lambda text: None), self.device)
-        rows, layers = self._rows(job), self._layers(job)
+        rows, layers = self._rows(job), self._layers(job, twin)
         return Advisor(job, twin, planned(twin, self.worst(job), self.device, rows, layers), self.worst, self.device)
 
     def _plan(self, change: Change) -> Saving | None:
@@ -109,9 +109,8 @@ class Advisor:
     def _rows(self, job: Job) -> int:
         return job.micro_batch if isinstance(job.micro_batch, int) else self.settled.micro_batch
 
-    def _layers(self, job: Job) -> int:
-        fixed = {"all": self.twin.depth, "none": 0, "auto": self.settled.recomputed}
-        return fixed[job.checkpointing] if isinstance(job.checkpointing, str) else job.checkpointing
+    def _layers(self, job: Job, twin: Twin) -> int:
+        return self.settled.recomputed if job.checkpointing == "auto" else layer_counts(job, twin.graphs)[0]
 
     def _changes(self) -> Iterator[Change]:
         """What can be asked of this job, with what it promises: shares of what is there at the peak."""
@@ -138,7 +137,7 @@ class Advisor:
             yield Change(f"layers=last:{depth // 2}", cost, (there["activations"] + trained) / 2)
 
     def _of_the_step(self, step: int) -> Iterator[Change]:
-        rows, layers, depth = self.settled.micro_batch, self.settled.recomputed, self.twin.depth
+        rows, layers, depth = self.settled.micro_batch, self.settled.recomputed, self.twin.graphs
         if rows > 1:
             fewer = next(n for n in range(rows // 2, 0, -1) if self.job.batch % n == 0)
             yield Change(f"micro_batch={fewer}", "the same batch in more, smaller passes", step * (1 - fewer / rows))

@@ -35,6 +35,7 @@ class Plan:
     adapter_bytes: int  # of what the run hands over, on disk
     micro_batch: int
     checkpointing: int  # decoder layers that are computed again
+    without_graph: int  # decoder layers below all that trains: they record nothing
     lengths: tuple[int, ...]  # the rows of the micro-batch it was made for
     lengths_from: str  # "data", or "seq_len" where no data or tokenizer is at hand
     on_top: dict[str, int]  # what no tensor holds: words -> bytes; not in peak_bytes
@@ -62,8 +63,8 @@ def plan(
     """The memory of one step over `micro_batches`, the optimiser's state in place.
 
     micro_batches: real batches on the CPU, of the largest rows that a step will see.
-    recomputed: how many of the first decoder layers are computed again in the backward pass. rows: the job's
-    micro-batch, where these batches may hold fewer.
+    recomputed: how many decoder layers are computed again in the backward pass, from the lowest trained one on.
+    rows: the job's micro-batch, where these batches may hold fewer.
     """
     lived = twin.step(micro_batches, recomputed)
     peak, largest = lived.peak, max(micro_batches, key=lambda b: b.input_ids.numel())
@@ -80,6 +81,7 @@ def plan(
         adapter_bytes=twin.file_bytes,
         micro_batch=rows or len(largest.lengths),
         checkpointing=recomputed,
+        without_graph=twin.below,
         lengths=largest.lengths,
         lengths_from=lengths_from,
         on_top={"CUDA's context": device.context_bytes} if device.type == "cuda" else {},

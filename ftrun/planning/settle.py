@@ -49,7 +49,7 @@ def settle(job: Job, twin: Twin, worst: Worst, device: Device, source: str = "da
             tries[rows, layers] = planned(twin, worst, device, rows, layers, source)
         return tries[rows, layers]
 
-    return _choose(row_counts(job), _layer_counts(job, twin.depth), attempt)
+    return _choose(row_counts(job), layer_counts(job, twin.graphs), attempt)
 
 
 def planned(twin: Twin, worst: Worst, device: Device, rows: int, layers: int, source: str = "data") -> Settled:
@@ -69,10 +69,21 @@ def row_counts(job: Job) -> list[int]:
     return [n for n in range(share, 0, -1) if share % n == 0]
 
 
-def _layer_counts(job: Job, depth: int) -> list[int]:
-    """The numbers of recomputed layers to choose from, fewest first."""
-    fixed = {"none": [0], "all": [depth], "auto": [0, depth]}
-    return fixed[job.checkpointing] if isinstance(job.checkpointing, str) else [min(job.checkpointing, depth)]
+def layer_counts(job: Job, graphs: int) -> list[int]:
+    """The numbers of recomputed layers to choose from, fewest first. graphs: layers that record a graph."""
+    fixed = {"none": [0], "all": [graphs], "auto": [0, graphs]}
+    return fixed[job.checkpointing] if isinstance(job.checkpointing, str) else [min(job.checkpointing, graphs)]
+
+
+def notes(job: Job, twin: Twin) -> list[str]:
+    """What the job asks for and cannot have, a warning line each."""
+    asked = job.checkpointing
+    if not isinstance(asked, int) or asked <= twin.graphs:
+        return []
+    return [
+        f"warning: checkpointing={asked}: only the {twin.graphs} layers from the lowest trained one on keep anything "
+        f"for the backward pass; {twin.graphs} are recomputed"
+    ]
 
 
 def _choose(row_counts: list[int], layer_counts: list[int], attempt: Callable[[int, int], Settled]) -> Settled:

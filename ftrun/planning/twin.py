@@ -79,6 +79,7 @@ class Twin:
         self.total, self.trained = assemble.counts(self.parts)
         self.file_bytes = file_size(self.parts.tuner.state(model))
         self.layers = assemble.decoder(self.parts)
+        self.below = assemble.frozen_below(self.parts)  # layers that record no graph
         self.signatures = [signature(layer) for layer in self.layers]
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._made: dict[int, Any] = {}
@@ -91,6 +92,11 @@ class Twin:
         """Decoder layers in all."""
         return len(self.layers)
 
+    @property
+    def graphs(self) -> int:
+        """Decoder layers that record a graph: those that can be computed again in the backward pass."""
+        return self.depth - self.below
+
     def trained_layers(self) -> list[int]:
         """The decoder layers in which something trains."""
         return [number for number, layer in enumerate(self.layers) if _trained(layer)]
@@ -98,7 +104,7 @@ class Twin:
     def step(self, micro_batches: Sequence[Batch], recomputed: int) -> Lived:
         """One optimiser step over `micro_batches` (real, on the CPU), the optimiser's state in place.
 
-        recomputed: how many of the first decoder layers are computed again in the backward pass.
+        recomputed: how many decoder layers are computed again in the backward pass, from the lowest trained one on.
         """
         key = (recomputed, tuple(shape_of(batch) for batch in micro_batches))
         if key not in self._lived:
@@ -106,7 +112,7 @@ class Twin:
         return self._lived[key]
 
     def _step(self, micro_batches: Sequence[Batch], recomputed: int) -> Lived:
-        flags = [index < recomputed for index in range(len(self.layers))]
+        flags = [0 <= index - self.below < recomputed for index in range(len(self.layers))]
         kinds = list(zip(self.signatures, flags, strict=True))
         runs = [stack.Run(n, 1, 1) for n in range(len(kinds))] if self.whole else stack.runs(kinds)
         layers = [layer for run in runs for layer in run.layers()]

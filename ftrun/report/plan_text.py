@@ -73,6 +73,8 @@ def _head(plan: Mapping[str, Any]) -> Text:
         f"{trained:,} of {total:,} parameters train ({trained / total:.2%}), {size(plan['adapter_bytes'])} on disk",
         f"micro-batch: {rows}; {plan['checkpointing']} of {plan['depth']} layers recomputed",
     ]
+    if below := plan.get("without_graph"):
+        lines[-1] += f"; the first {below} lie below all that trains and keep nothing for the backward pass"
     return Text("\n".join(lines))
 
 

@@ -53,7 +53,7 @@ class Planning:
     def __init__(self, job: Job, say: Callable[[str], None]) -> None:
         from ftrun import assemble
         from ftrun.memory.device import resolve
-        from ftrun.planning.settle import settle, supply_at_hand
+        from ftrun.planning.settle import notes, settle, supply_at_hand
         from ftrun.planning.twin import Twin
 
         self.job, self.device = job, resolve(job.device.typed())
@@ -61,6 +61,8 @@ class Planning:
         self.supply, source = supply_at_hand(job, self.parts, cache_dir(), say)
         self.twin = Twin(job, self.parts, self.device)
         self.settled = settle(job, self.twin, self.supply(job), self.device, source)
+        for note in notes(job, self.twin):
+            say(note)
 
     def plan(self) -> dict[str, Any]:
         """The plan as JSON-able values, with the modules that train and what of their state can page."""

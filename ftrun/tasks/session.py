@@ -30,7 +30,7 @@ from ftrun.metrics.console import Console
 from ftrun.metrics.sink import Sink
 from ftrun.models.forward import attention
 from ftrun.planning.advice import Advisor, advise
-from ftrun.planning.settle import refusal, settle, supply_of
+from ftrun.planning.settle import notes, refusal, settle, supply_of
 from ftrun.planning.twin import Twin
 from ftrun.runs import Run, read_json, write_json
 from ftrun.tasks.keep import Keeper
@@ -68,6 +68,8 @@ class Session:
         supply = supply_of(self.corpus, self.pad_id, self.total)
         twin = Twin(job, self.parts, self.device)
         self.settled = settle(job, twin, supply(job), self.device)
+        for note in notes(job, twin):
+            say(note)
         if not self.settled.plan.fits and job.refuse:
             advisor = Advisor(job, twin, self.settled, supply, self.device)
             raise DoesNotFit(
