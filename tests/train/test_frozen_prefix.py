@@ -109,5 +109,5 @@ def test_fewer_layers_are_kept_where_more_are_recomputed(tmp_path: Path) -> None
     job = tiny_job(tmp_path, "method=lora", "layers=last:2")
     twin = Twin(job, assemble.sketch(job, cache_dir(), print))
     batches = rows_of_seq_len(job)(4)[0][1]
-    peaks = [twin.step(batches, layers).peak.peak.by_role["activations"] for layers in (0, 1, 2)]
-    assert peaks[0] > peaks[1] > peaks[2]
+    none, one = (twin.step(batches, layers).peak.peak for layers in (0, 1))
+    assert none.total > one.total
