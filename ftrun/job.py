@@ -82,6 +82,11 @@ class Job:
         pattern="none|all|auto",
         form="none, all, auto, or a number of layers as 12",
     )
+    keep_prefix: str = option(
+        "auto",
+        "keep what the layers below all that trains give a row, for later epochs: auto, none, memory or disk",
+        choices=("auto", "none", "memory", "disk"),
+    )
     loss_chunk: int = option(512, "tokens whose logits are held at once by the fast loss", ge=1)
     kernels: str = option("fast", "fast, or reference: the same maths, the plain way", choices=("fast", "reference"))
     devices: int = option(1, "devices that share the work", ge=1)

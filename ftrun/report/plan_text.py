@@ -75,6 +75,13 @@ def _head(plan: Mapping[str, Any]) -> Text:
     ]
     if below := plan.get("without_graph"):
         lines[-1] += f"; the first {below} lie below all that trains and keep nothing for the backward pass"
+    if (kept := plan.get("kept_prefix") or {}).get("where", "none") != "none":
+        lines.append(
+            f"kept from epoch to epoch: what these layers give {kept['rows']:,} rows, {size(kept['bytes'])} "
+            + (f"on disk ({kept['why']})" if kept["where"] == "disk" else f"of host memory ({kept['why']})")
+        )
+        if plan["at_peak"]["other"] >= kept["bytes"] and plan["device"]["type"] == "cpu" and kept["where"] == "memory":
+            lines[-1] += ": counted in other"
     return Text("\n".join(lines))
 
 
