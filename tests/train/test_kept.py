@@ -186,7 +186,7 @@ def test_evaluation_and_answers_run_the_whole_model(tmp_path: Path) -> None:
 def test_what_cannot_be_kept_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for more in (("layers=all",), ("layers=last:2", "targets=[attention,embeddings]"), ("method=prompt",)):
         common = ("method=lora",) if "method=prompt" not in more else ()
-        with pytest.raises(UserError, match="keep_prefix=memory: .*no layer stays as it is"):
+        with pytest.raises(UserError, match=r"keep_prefix=memory: .*no layer stays as it is"):
             ran(tmp_path, "a", *common, *more, "epochs=3", "eval=none", "keep_prefix=memory")
     once = ("method=lora", "layers=last:2", "eval=none")
     capsys.readouterr()
@@ -198,7 +198,7 @@ def test_what_cannot_be_kept_is_told(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_a_disk_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keeping._Choice, "free_on_disk", lambda self: 1000)
-    with pytest.raises(UserError, match="keep_prefix=disk: .* are to be kept, and .* has 0.00 GB free"):
+    with pytest.raises(UserError, match=r"keep_prefix=disk: .* are to be kept, and .* has 0\.00 GB free"):
         ran(tmp_path, "a", *LORA, "keep_prefix=disk")
     monkeypatch.setattr(keeping._Choice, "_room", lambda self: 0)
     assert decided(ran(tmp_path, "b", *LORA))["where"] == "none"
