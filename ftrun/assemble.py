@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -32,10 +33,12 @@ from ftrun.models.base import Base, open_base
 from ftrun.models.forward import PACKED, PLAIN, TokenLoss, register_attention
 from ftrun.models.fuse import fuse
 from ftrun.models.load import fill
+from ftrun.models.prefix import Prefix
 from ftrun.models.select import anatomy as find_anatomy
 from ftrun.models.skeleton import check_length, skeleton
 from ftrun.optim.gather import buckets, gather
 from ftrun.optim.schedule import rate
+from ftrun.train.kept import KeptRows, Store
 from ftrun.train.loop import Work
 from ftrun.train.recompute import keep_all, recompute
 from ftrun.values import Anatomy, Batch
@@ -127,10 +130,28 @@ def attach(job: Job, parts: Sketch) -> None:
 
 
 def recompute_first(parts: Sketch, layers: int) -> None:
-    """The first `layers` decoder layers, and no others, are computed again in the backward pass."""
-    every = decoder(parts)
+    """The first `layers` decoder layers that record a graph, and no others, are computed again in the backward pass."""
+    every, below = decoder(parts), frozen_below(parts)
     keep_all(every)
-    recompute(every[:layers], preserve_rng=bool(getattr(parts.tuner.options, "dropout", 0.0)))
+    recompute(every[below : below + layers], preserve_rng=bool(getattr(parts.tuner.options, "dropout", 0.0)))
+
+
+def frozen_below(parts: Sketch) -> int:
+    """How many decoder layers lie below all that trains: no gradient reaches them, so that they record no graph.
+
+    What trains outside the layers lies below them, but for a head of its own.
+    """
+    every = decoder(parts)
+    places = {p: number for number in reversed(range(len(every))) for p in every[number].parameters()}
+    embedded = set(parts.model.get_input_embeddings().parameters())
+    head = [p for p in parts.model.get_output_embeddings().parameters() if p not in embedded]
+    places |= dict.fromkeys(head, len(every))
+    return min((places.get(p, 0) for p in parts.model.parameters() if p.requires_grad), default=len(every))
+
+
+def prefix(parts: Sketch, loss: TokenLoss) -> Prefix:
+    """The decoder layers that record no graph, to be run alone or passed by."""
+    return Prefix(decoder(parts), frozen_below(parts), loss.hidden)
 
 
 def decoder(parts: Sketch) -> list[nn.Module]:
@@ -160,6 +181,25 @@ def step_batches(job: Job, corpus: Corpus, micro_batch: int, pad_id: int, step: 
     """The micro-batches of one optimiser step."""
     parts = micro_rows(job, corpus, micro_batch, step)
     return [batching.collate(corpus.train, part, packed=job.kernels == "fast", pad_id=pad_id) for part in parts]
+
+
+def first_groups(job: Job, corpus: Corpus, micro_batch: int) -> list[list[int]]:
+    """The micro-batches in which an epoch of whole batches first meets each row: each row is in one of them."""
+    whole, steps = dataclasses.replace(job, steps=None), batching.steps_in(1, len(corpus.train), job.batch)
+    return [part for step in range(steps) for part in micro_rows(whole, corpus, micro_batch, step)]
+
+
+def kept_rows(
+    job: Job, parts: Sketch, corpus: Corpus, micro_batch: int, pad_id: int, store: Store, to: Work, say: Say
+) -> KeptRows:
+    """What the frozen layers give the rows, kept in `store`. Raises ValueError where the model does not allow it."""
+
+    def make(rows: Sequence[int]) -> Batch:
+        return batching.collate(corpus.train, rows, packed=job.kernels == "fast", pad_id=pad_id)
+
+    groups, loss = first_groups(job, corpus, micro_batch), TokenLoss(parts.model, job.kernels, job.loss_chunk)
+    lengths = corpus.train.lengths
+    return KeptRows(prefix(parts, loss), store, groups, lengths, make, to.device, say, to.autocast)
 
 
 def work(

@@ -77,10 +77,15 @@ class Job:
     seed: int = option(0, "seed of every random choice", ge=0, le=2**32 - 1)
     checkpointing: int | str = option(
         "auto",
-        "recompute layers in backward: none, all, auto, or a number",
+        "layers recomputed in backward, from the lowest trained one on: none, all, auto, or a number",
         ge=0,
         pattern="none|all|auto",
         form="none, all, auto, or a number of layers as 12",
+    )
+    keep_prefix: str = option(
+        "auto",
+        "keep what the layers below all that trains give a row, for later epochs: auto, none, memory or disk",
+        choices=("auto", "none", "memory", "disk"),
     )
     loss_chunk: int = option(512, "tokens whose logits are held at once by the fast loss", ge=1)
     kernels: str = option("fast", "fast, or reference: the same maths, the plain way", choices=("fast", "reference"))

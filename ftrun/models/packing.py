@@ -44,6 +44,7 @@ class Attended:
 
     modules: set[int] = field(default_factory=set)
     windowed: set[int] = field(default_factory=set)
+    passed: set[int] = field(default_factory=set)  # places of layers that were passed by (ftrun/models/prefix.py)
     strange: str = ""
 
     def note(self, module: nn.Module, window: int | None, mask: torch.Tensor | None, more: dict[str, Any]) -> None:
@@ -58,12 +59,12 @@ class Attended:
             self.strange = "its attention is not causal"
 
     def check(self, model: Any) -> None:
-        """Raises UserError unless every decoder layer attended through our function, as its config says."""
+        """Raises UserError unless every decoder layer that ran attended through our function, as its config says."""
         config = model.config.get_text_config()
-        kinds = getattr(config, "layer_types", None) or ()
+        kinds = [k for n, k in enumerate(getattr(config, "layer_types", None) or ()) if n not in self.passed]
         if self.strange:
             raise refusal(model, self.strange)
-        if len(self.modules) < config.num_hidden_layers:
+        if len(self.modules) < config.num_hidden_layers - len(self.passed):
             raise refusal(model, "some of its layers do not hand on where rows end")
         if len(self.windowed) < sum(kind == "sliding_attention" for kind in kinds):
             raise refusal(model, "its layers do not hand on their window")

@@ -12,15 +12,16 @@ from ftrun.compose import changed
 from ftrun.errors import UserError
 from ftrun.job import Job
 from ftrun.memory.device import Device
-from ftrun.planning.plan import Plan
-from ftrun.planning.settle import Settled, Worst, planned
+from ftrun.planning.plan import Kept, Plan
+from ftrun.planning.settle import Settled, Worst, layer_counts, planned
 from ftrun.planning.twin import Twin
 from ftrun.runs import cache_dir
 
-_OF_THE_STEP = ("micro_batch", "checkpointing", "seq_len")  # keys that leave the model as it is
+_OF_THE_STEP = ("micro_batch", "checkpointing", "seq_len", "keep_prefix")  # keys that leave the model as it is
 # what a change touches, the least first; up to checkpointing the result stays as it is
 _GENTLE = (
     "kernels",
+    "keep_prefix",
     "micro_batch",
     "checkpointing",
     "optim",
@@ -89,8 +90,9 @@ class Advisor:
         job = self._job(overrides)
         alike = all(_key(override) in _OF_THE_STEP for override in overrides)
         twin = self.twin if alike else Twin(job, assemble.sketch(job, cache_dir(), lambda text: None), self.device)
-        rows, layers = self._rows(job), self._layers(job)
-        return Advisor(job, twin, planned(twin, self.worst(job), self.device, rows, layers), self.worst, self.device)
+        rows, layers = self._rows(job), self._layers(job, twin)
+        made = planned(twin, self.worst(job), self.device, rows, layers, kept=self._kept(job, twin))
+        return Advisor(job, twin, made, self.worst, self.device)
 
     def _plan(self, change: Change) -> Saving | None:
         try:
@@ -109,9 +111,15 @@ class Advisor:
     def _rows(self, job: Job) -> int:
         return job.micro_batch if isinstance(job.micro_batch, int) else self.settled.micro_batch
 
-    def _layers(self, job: Job) -> int:
-        fixed = {"all": self.twin.depth, "none": 0, "auto": self.settled.recomputed}
-        return fixed[job.checkpointing] if isinstance(job.checkpointing, str) else job.checkpointing
+    def _layers(self, job: Job, twin: Twin) -> int:
+        return self.settled.recomputed if job.checkpointing == "auto" else layer_counts(job, twin.graphs)[0]
+
+    def _kept(self, job: Job, twin: Twin) -> Kept:
+        """What the changed job keeps of its frozen layers: what this one does, or what it asks for."""
+        kept = self.settled.kept
+        if not twin.below or not kept.keeps or job.keep_prefix == "none":
+            return Kept()
+        return dataclasses.replace(kept, where="disk") if job.keep_prefix == "disk" else kept
 
     def _changes(self) -> Iterator[Change]:
         """What can be asked of this job, with what it promises: shares of what is there at the peak."""
@@ -138,7 +146,10 @@ class Advisor:
             yield Change(f"layers=last:{depth // 2}", cost, (there["activations"] + trained) / 2)
 
     def _of_the_step(self, step: int) -> Iterator[Change]:
-        rows, layers, depth = self.settled.micro_batch, self.settled.recomputed, self.twin.depth
+        rows, layers, depth = self.settled.micro_batch, self.settled.recomputed, self.twin.graphs
+        if self.settled.kept.where == "memory" and self.device.type == "cpu":
+            kept = self.settled.plan.kept_prefix["bytes"]
+            yield Change("keep_prefix=disk", "the frozen layers' outputs are read from a file", kept)
         if rows > 1:
             fewer = next(n for n in range(rows // 2, 0, -1) if self.job.batch % n == 0)
             yield Change(f"micro_batch={fewer}", "the same batch in more, smaller passes", step * (1 - fewer / rows))

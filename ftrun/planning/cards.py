@@ -24,7 +24,7 @@ def cards(job: Job, parts: assemble.Sketch, twin: Twin, settled: Settled) -> lis
         if values.get("type") != "cuda" or not values.get("memory"):
             continue
         card = resolve(Options(**values), absent=True)
-        made = plan(there, card, settled.batches, settled.recomputed)
+        made = plan(there, card, settled.batches, settled.recomputed, kept=settled.kept)
         found.append({"name": name, "memory_bytes": card.total_bytes, "fits": made.fits})
     return sorted(found, key=lambda card: (card["memory_bytes"], card["name"]))
 

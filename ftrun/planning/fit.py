@@ -14,7 +14,9 @@ from ftrun.errors import UserError
 from ftrun.job import Job
 from ftrun.memory.cost import Cost
 from ftrun.memory.device import Device
-from ftrun.planning.settle import Settled, Worst, row_counts, settle
+from ftrun.memory.track import FORWARD
+from ftrun.planning.keeping import settle_keeping
+from ftrun.planning.settle import Settled, Supply, Worst, row_counts
 from ftrun.planning.speed import Speed
 from ftrun.planning.twin import CLIPPING, OPTIMISER, Lived, Twin
 
@@ -80,29 +82,35 @@ class Fit:
     def _choice(self, job: Job, twin: Twin, rows: int, overrides: list[str]) -> Choice:
         # whatever a method's YAML says: as few recomputed layers as fit
         fixed = dataclasses.replace(job, micro_batch=rows, checkpointing="auto")
-        settled = settle(fixed, twin, self.supply(job), self.device)
+        settled = settle_keeping(fixed, twin, self.supply, self.device)
         words = (*overrides, f"micro_batch={rows}", f"checkpointing={settled.recomputed}")
         plan = settled.plan
         return Choice(words, plan.needed_bytes, plan.fits, self._tokens_per_s(job, twin, settled), settled.recomputed)
 
     def _tokens_per_s(self, job: Job, twin: Twin, settled: Settled) -> float:
         batches = settled.batches
-        each, end = _costs(twin.step(batches, settled.recomputed))
+        keeps = settled.kept.keeps
+        often = self.supply.epochs(job) if isinstance(self.supply, Supply) else 1.0
+        each, end = _costs(twin.step(batches, settled.recomputed, keeps), twin.below if keeps else 0, often)
         passes = job.batch / job.devices / settled.micro_batch
         seconds = passes * self.speed.seconds(each) + self.speed.seconds(end)
         tokens = sum(batch.tokens for batch in batches) / len(batches)
         return passes * tokens / seconds
 
 
-def _costs(lived: Lived) -> tuple[Cost, Cost]:
-    """The work of one micro-batch, in the mean, and that of the step's end."""
+def _costs(lived: Lived, kept: int, often: float) -> tuple[Cost, Cost]:
+    """The work of one micro-batch, in the mean, and that of the step's end.
+
+    kept: layers whose outputs are kept, so that of the `often` times that a row is seen one runs them.
+    """
     each, end, parts = Cost(), Cost(), 1
     for segment in lived.segments:
         parts = max(parts, segment.instant.part + 1)
         if segment.instant.name in (CLIPPING, OPTIMISER):
             end = end.plus(segment.cost)
         else:
-            each = each.plus(segment.cost)
+            once = segment.instant.name == FORWARD and (segment.instant.layer or 0) < kept
+            each = each.plus(segment.cost, 1 / often if once else 1.0)
     return Cost().plus(each, 1 / parts), end
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,24 +14,43 @@ from ftrun import assemble
 from ftrun.job import Job
 from ftrun.memory.track import BACKWARD, FORWARD, Instant, Tracker
 from ftrun.models.forward import TokenLoss
+from ftrun.models.prefix import Pass, Prefix
 from ftrun.values import Batch
+
+ABOVE = "kept outputs"
 
 
 class NamedLoss(TokenLoss):
-    """Names the loss's part of a step, and books what it makes as logits."""
+    """Names the loss's part of a step, and books what it makes as logits.
+
+    prefix: the layers whose outputs are kept, if any: each batch then runs them first, as the first epoch does, and
+    begins above them. output_bytes: what they give one token.
+    """
 
     def __init__(self, model: Any, job: Job, tracker: Tracker) -> None:
         super().__init__(model, job.kernels, job.loss_chunk)
         self.tracker, self.part = tracker, -1
+        self.prefix: Prefix | None = None
+        self.output_bytes = 0
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         self.part += 1
         self.tracker.part = self.part
         if self.part:
             self.tracker.begin(Instant("embeddings", self.part))
-        loss = super().__call__(batch)
+        with nullcontext() if self.prefix is None else self.prefix.passed([self._take(self.prefix, batch)]):
+            loss = super().__call__(batch)
         loss.register_hook(self._backward)
         return loss
+
+    def _take(self, prefix: Prefix, batch: Batch) -> torch.Tensor:
+        """As KeptRows does: the outputs go to where they are kept, and come back."""
+        hidden = prefix.outputs(batch)
+        shape, dtype = hidden.shape, hidden.dtype
+        self.output_bytes = shape[-1] * dtype.itemsize
+        del hidden
+        self.tracker.begin(Instant(ABOVE, self.part))
+        return torch.zeros(shape, dtype=dtype)
 
     def score(self, outputs: torch.Tensor, batch: Batch) -> torch.Tensor:
         if self.fast:
@@ -66,7 +85,8 @@ def named(parts: assemble.Sketch, tracker: Tracker) -> Iterator[None]:
 
 def _entering(tracker: Tracker, number: int) -> Any:
     def enter(module: nn.Module, arguments: Any) -> None:
-        tracker.begin(Instant(FORWARD, tracker.part, number))
+        if not isinstance(module.forward, Pass):
+            tracker.begin(Instant(FORWARD, tracker.part, number))
 
     return enter
 

@@ -21,6 +21,24 @@ from ftrun.values import Batch
 
 
 @dataclass(frozen=True)
+class Kept:
+    """What is kept of the layers below all that trains, from one epoch to the next: where, of how many rows and tokens.
+
+    where: "memory" (the host's), "disk" or "none". tokens: those of the rows that are seen again. why: in words.
+    """
+
+    where: str = "none"
+    rows: int = 0
+    tokens: int = 0
+    why: str = "the job has no rows that are seen again above layers that stay as they are"
+
+    @property
+    def keeps(self) -> bool:
+        """Whether anything is kept."""
+        return self.where != "none"
+
+
+@dataclass(frozen=True)
 class Plan:
     """What plan.json holds; all sizes in bytes. See the contract for the fields."""
 
@@ -35,8 +53,10 @@ class Plan:
     adapter_bytes: int  # of what the run hands over, on disk
     micro_batch: int
     checkpointing: int  # decoder layers that are computed again
+    without_graph: int  # decoder layers below all that trains: they record nothing
     lengths: tuple[int, ...]  # the rows of the micro-batch it was made for
     lengths_from: str  # "data", or "seq_len" where no data or tokenizer is at hand
+    kept_prefix: dict[str, Any]  # Kept, with its bytes: a part of "other" where they lie in the memory planned for
     on_top: dict[str, int]  # what no tensor holds: words -> bytes; not in peak_bytes
     device: dict[str, Any]
     fits: bool
@@ -58,14 +78,17 @@ def plan(
     recomputed: int,
     lengths_from: str = "data",
     rows: int | None = None,
+    kept: Kept = Kept(),
 ) -> Plan:
     """The memory of one step over `micro_batches`, the optimiser's state in place.
 
     micro_batches: real batches on the CPU, of the largest rows that a step will see.
-    recomputed: how many of the first decoder layers are computed again in the backward pass. rows: the job's
-    micro-batch, where these batches may hold fewer.
+    recomputed: how many decoder layers are computed again in the backward pass, from the lowest trained one on.
+    rows: the job's micro-batch, where these batches may hold fewer. kept: what is kept of the frozen layers.
     """
-    lived = twin.step(micro_batches, recomputed)
+    lived = twin.step(micro_batches, recomputed, kept.keeps)
+    kept_bytes = kept.tokens * twin.output_bytes if kept.keeps else 0
+    lived = lived.beside(kept_bytes if kept.where == "memory" and device.type == "cpu" else 0)
     peak, largest = lived.peak, max(micro_batches, key=lambda b: b.input_ids.numel())
     parts = len(micro_batches)
     return Plan(
@@ -80,8 +103,10 @@ def plan(
         adapter_bytes=twin.file_bytes,
         micro_batch=rows or len(largest.lengths),
         checkpointing=recomputed,
+        without_graph=twin.below,
         lengths=largest.lengths,
         lengths_from=lengths_from,
+        kept_prefix={**dataclasses.asdict(kept), "bytes": kept_bytes},
         on_top={"CUDA's context": device.context_bytes} if device.type == "cuda" else {},
         device={**dataclasses.asdict(device), "usable_bytes": device.usable_bytes},
         fits=peak.peak.total - lived.paged <= device.usable_bytes,

@@ -12,7 +12,7 @@ from ftrun import assemble
 from ftrun.data.load import Corpus
 from ftrun.job import Job
 from ftrun.memory.device import Device
-from ftrun.planning.plan import Plan, plan
+from ftrun.planning.plan import Kept, Plan, plan
 from ftrun.planning.twin import Twin
 from ftrun.values import Batch
 
@@ -33,9 +33,17 @@ class Settled:
     plan: Plan
     largest_step: int
     batches: list[Batch]  # the micro-batches that were planned: the first two of that step
+    kept: Kept = Kept()  # noqa: RUF009 (frozen)
 
 
-def settle(job: Job, twin: Twin, worst: Worst, device: Device, source: str = "data") -> Settled:
+def settle(
+    job: Job,
+    twin: Twin,
+    worst: Worst,
+    device: Device,
+    source: str = "data",
+    kept: Kept = Kept(),  # noqa: B008 (frozen)
+) -> Settled:
     """Plan the job; where `micro_batch` or `checkpointing` is auto, choose. `plan.fits` says whether anything fits.
 
     The largest micro-batch that fits without recomputation is taken where it is large enough to keep the device busy;
@@ -46,16 +54,24 @@ def settle(job: Job, twin: Twin, worst: Worst, device: Device, source: str = "da
 
     def attempt(rows: int, layers: int) -> Settled:
         if (rows, layers) not in tries:
-            tries[rows, layers] = planned(twin, worst, device, rows, layers, source)
+            tries[rows, layers] = planned(twin, worst, device, rows, layers, source, kept)
         return tries[rows, layers]
 
-    return _choose(row_counts(job), _layer_counts(job, twin.depth), attempt)
+    return _choose(row_counts(job), layer_counts(job, twin.graphs), attempt)
 
 
-def planned(twin: Twin, worst: Worst, device: Device, rows: int, layers: int, source: str = "data") -> Settled:
+def planned(
+    twin: Twin,
+    worst: Worst,
+    device: Device,
+    rows: int,
+    layers: int,
+    source: str = "data",
+    kept: Kept = Kept(),  # noqa: B008 (frozen)
+) -> Settled:
     """The worst step with `rows` rows at once and `layers` recomputed layers."""
     made = [
-        Settled(rows, layers, plan(twin, device, batches, layers, source, rows), step, batches)
+        Settled(rows, layers, plan(twin, device, batches, layers, source, rows, kept), step, batches, kept)
         for step, batches in worst(rows)
     ]
     return max(made, key=lambda one: one.plan.peak_bytes)
@@ -69,10 +85,21 @@ def row_counts(job: Job) -> list[int]:
     return [n for n in range(share, 0, -1) if share % n == 0]
 
 
-def _layer_counts(job: Job, depth: int) -> list[int]:
-    """The numbers of recomputed layers to choose from, fewest first."""
-    fixed = {"none": [0], "all": [depth], "auto": [0, depth]}
-    return fixed[job.checkpointing] if isinstance(job.checkpointing, str) else [min(job.checkpointing, depth)]
+def layer_counts(job: Job, graphs: int) -> list[int]:
+    """The numbers of recomputed layers to choose from, fewest first. graphs: layers that record a graph."""
+    fixed = {"none": [0], "all": [graphs], "auto": [0, graphs]}
+    return fixed[job.checkpointing] if isinstance(job.checkpointing, str) else [min(job.checkpointing, graphs)]
+
+
+def notes(job: Job, twin: Twin) -> list[str]:
+    """What the job asks for and cannot have, a warning line each."""
+    asked = job.checkpointing
+    if not isinstance(asked, int) or asked <= twin.graphs:
+        return []
+    return [
+        f"warning: checkpointing={asked}: only the {twin.graphs} layers from the lowest trained one on keep anything "
+        f"for the backward pass; {twin.graphs} are recomputed"
+    ]
 
 
 def _choose(row_counts: list[int], layer_counts: list[int], attempt: Callable[[int, int], Settled]) -> Settled:
@@ -118,18 +145,35 @@ def supply_at_hand(
     return supply_of(corpus, pad_id, assemble.steps_of(job, corpus)), "data"
 
 
-def supply_of(corpus: Corpus, pad_id: int, total: int) -> Callable[[Job], Worst]:
+@dataclass(frozen=True)
+class Supply:
     """The worst step of the data for this job and for others like it: with other kernels, or shorter rows."""
 
-    def supply(job: Job) -> Worst:
-        worst = worst_of(job, corpus, pad_id, total)
+    corpus: Corpus
+    pad_id: int
+    total: int  # steps of the whole run
+
+    def __call__(self, job: Job) -> Worst:
+        worst = worst_of(job, self.corpus, self.pad_id, self.total)
 
         def shortened(rows: int) -> list[tuple[int, list[Batch]]]:
             return [(step, [assemble.batching.cut(b, job.seq_len) for b in batches]) for step, batches in worst(rows)]
 
-        return shortened if job.seq_len < int(corpus.train.lengths.max()) else worst
+        return shortened if job.seq_len < int(self.corpus.train.lengths.max()) else worst
 
-    return supply
+    @property
+    def lengths(self) -> np.ndarray:
+        """Each row's tokens."""
+        return self.corpus.train.lengths
+
+    def epochs(self, job: Job) -> float:
+        """How often a run sees its rows."""
+        return self.total / assemble.batching.steps_in(1, len(self.lengths), job.batch)
+
+
+def supply_of(corpus: Corpus, pad_id: int, total: int) -> Supply:
+    """The worst steps of the data at hand."""
+    return Supply(corpus, pad_id, total)
 
 
 def worst_of(job: Job, corpus: Corpus, pad_id: int, total: int) -> Worst:

@@ -47,6 +47,15 @@ class Lived:
         """The segment with the highest moment, the first of equals."""
         return max(self.segments, key=lambda segment: segment.peak.total)
 
+    def beside(self, size: int) -> Lived:
+        """The same step where so many other bytes are taken throughout."""
+        if not size:
+            return self
+        more = Moment()
+        more.total = more.by_role["other"] = size
+        raised = [dataclasses.replace(s, start=s.start.plus(more), peak=s.peak.plus(more)) for s in self.segments]
+        return Lived(raised, self.steady.plus(more), self.paged)
+
     @property
     def cost(self) -> Cost:
         """The work of the whole step, where it was counted."""
@@ -80,7 +89,9 @@ class Twin:
         self.total, self.trained = assemble.counts(self.parts)
         self.file_bytes = file_size(self.parts.tuner.state(model))
         self.layers = assemble.decoder(self.parts)
+        self.below = assemble.frozen_below(self.parts)  # layers that record no graph
         self.signatures = [signature(layer) for layer in self.layers]
+        self.output_bytes = 0  # what the layers below all that trains give a token, once a step has kept it
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._made: dict[int, Any] = {}
         self._known: dict[Any, _Few] = {}
@@ -92,23 +103,30 @@ class Twin:
         """Decoder layers in all."""
         return len(self.layers)
 
+    @property
+    def graphs(self) -> int:
+        """Decoder layers that record a graph: those that can be computed again in the backward pass."""
+        return self.depth - self.below
+
     def trained_layers(self) -> list[int]:
         """The decoder layers in which something trains."""
         return [number for number, layer in enumerate(self.layers) if _trained(layer)]
 
-    def step(self, micro_batches: Sequence[Batch], recomputed: int) -> Lived:
+    def step(self, micro_batches: Sequence[Batch], recomputed: int, keeps: bool = False) -> Lived:
         """One optimiser step over `micro_batches` (real, on the CPU), the optimiser's state in place.
 
-        recomputed: how many of the first decoder layers are computed again in the backward pass.
+        recomputed: how many decoder layers are computed again in the backward pass, from the lowest trained one on.
+        keeps: the outputs of the layers below that one are kept: they run alone, and the step begins above them.
         """
-        key = (recomputed, tuple(shape_of(batch) for batch in micro_batches))
+        key = (recomputed, keeps, tuple(shape_of(batch) for batch in micro_batches))
         if key not in self._lived:
-            self._lived[key] = self._step(micro_batches, recomputed)
+            self._lived[key] = self._step(micro_batches, recomputed, keeps)
         return self._lived[key]
 
-    def _step(self, micro_batches: Sequence[Batch], recomputed: int) -> Lived:
-        flags = [index < recomputed for index in range(len(self.layers))]
-        kinds = list(zip(self.signatures, flags, strict=True))
+    def _step(self, micro_batches: Sequence[Batch], recomputed: int, keeps: bool) -> Lived:
+        every = range(len(self.layers))
+        flags = [(0 <= index - self.below < recomputed, keeps and index < self.below) for index in every]
+        kinds = [(own, *flag) for own, flag in zip(self.signatures, flags, strict=True)]
         runs = [stack.Run(n, 1, 1) for n in range(len(kinds))] if self.whole else stack.runs(kinds)
         layers = [layer for run in runs for layer in run.layers()]
         few = self._run(tuple(kinds[i] for i in layers), layers, micro_batches)
@@ -118,7 +136,7 @@ class Twin:
         numbered = [dataclasses.replace(s, instant=s.instant.renumbered(layers)) for s in few.lived.segments]
         if not stack.even(runs, numbered):
             self.whole = True  # something is kept and let go outside the layers: no layer's share tells
-            return self._step(micro_batches, recomputed)
+            return self._step(micro_batches, recomputed, keeps)
         segments = stack.extend(runs, numbered, held)
         if held:
             self._extend_end(segments, layers, few.lived.segments[-2:])
@@ -127,7 +145,7 @@ class Twin:
 
     def alone(self, layers: Sequence[int], micro_batches: Sequence[Batch], recomputed: int) -> Cost:
         """The work of a step with these layers alone, the first `recomputed` of them computed again."""
-        kinds = tuple((self.signatures[i], n < recomputed) for n, i in enumerate(layers))
+        kinds = tuple((self.signatures[i], n < recomputed, False) for n, i in enumerate(layers))
         return self._run(kinds, layers, micro_batches).lived.cost
 
     @contextmanager
@@ -146,20 +164,21 @@ class Twin:
         key = (kinds, tuple(shape_of(batch) for batch in micro_batches))
         if key not in self._known:
             with only(self.parts, self.layers, layers):
-                assemble.recompute_first(self.parts, sum(recomputed for _, recomputed in kinds))
-                with self._at_work() as (tracker, work):
+                assemble.recompute_first(self.parts, sum(recomputed for _, recomputed, _ in kinds))
+                with self._at_work(keeps=any(alone for *_, alone in kinds)) as (tracker, work):
                     fakes = [batch.each(self.mode.from_tensor) for batch in micro_batches]
                     self._known[key] = self._take(tracker, work, fakes)
         return self._known[key]
 
     @contextmanager
-    def _at_work(self) -> Iterator[tuple[Tracker, Work]]:
+    def _at_work(self, keeps: bool = False) -> Iterator[tuple[Tracker, Work]]:
         """The model as it stands on fake tensors, followed, between two steps."""
         with self.mode:
             to_fake(self.parts.model, self._made)
             tracker = self._tracker(self.counts)
             self.parts.model.train()  # as the loop does: dropout draws masks
             loss = NamedLoss(self.parts.model, self.job, tracker)
+            loss.prefix = assemble.prefix(self.parts, loss) if keeps else None
             work = assemble.work(self.job, self.parts, torch.device("cpu"), total=2, loss=loss, kind=self.device.type)
             with tracker, self._operators():
                 _mark(tracker, self.parts)
@@ -170,6 +189,7 @@ class Twin:
                     tracker.mark([tensor], "optimizer" if tensor.numel() > 1 else "other")  # counters of steps
                 tracker.forget()
                 yield tracker, work
+            self.output_bytes = loss.output_bytes or self.output_bytes
 
     @contextmanager
     def _operators(self) -> Iterator[None]:

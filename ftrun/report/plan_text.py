@@ -73,6 +73,15 @@ def _head(plan: Mapping[str, Any]) -> Text:
         f"{trained:,} of {total:,} parameters train ({trained / total:.2%}), {size(plan['adapter_bytes'])} on disk",
         f"micro-batch: {rows}; {plan['checkpointing']} of {plan['depth']} layers recomputed",
     ]
+    if below := plan.get("without_graph"):
+        lines[-1] += f"; the first {below} lie below all that trains and keep nothing for the backward pass"
+    if (kept := plan.get("kept_prefix") or {}).get("where", "none") != "none":
+        lines.append(
+            f"kept from epoch to epoch: what these layers give {kept['rows']:,} rows, {size(kept['bytes'])} "
+            + (f"on disk ({kept['why']})" if kept["where"] == "disk" else f"of host memory ({kept['why']})")
+        )
+        if plan["at_peak"]["other"] >= kept["bytes"] and plan["device"]["type"] == "cpu" and kept["where"] == "memory":
+            lines[-1] += ": counted in other"
     return Text("\n".join(lines))
 
 

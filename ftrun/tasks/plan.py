@@ -53,14 +53,18 @@ class Planning:
     def __init__(self, job: Job, say: Callable[[str], None]) -> None:
         from ftrun import assemble
         from ftrun.memory.device import resolve
-        from ftrun.planning.settle import settle, supply_at_hand
+        from ftrun.planning.keeping import keeping_notes, settle_keeping
+        from ftrun.planning.settle import notes, supply_at_hand
         from ftrun.planning.twin import Twin
 
         self.job, self.device = job, resolve(job.device.typed())
         self.parts = assemble.sketch(job, cache_dir(), say)
         self.supply, source = supply_at_hand(job, self.parts, cache_dir(), say)
         self.twin = Twin(job, self.parts, self.device)
-        self.settled = settle(job, self.twin, self.supply(job), self.device, source)
+        out = Path(job.out) if job.out else None
+        self.settled = settle_keeping(job, self.twin, self.supply, self.device, source, out)
+        for note in (*notes(job, self.twin), *keeping_notes(job, self.settled, self.twin.below)):
+            say(note)
 
     def plan(self) -> dict[str, Any]:
         """The plan as JSON-able values, with the modules that train and what of their state can page."""

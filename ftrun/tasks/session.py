@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -30,11 +31,13 @@ from ftrun.metrics.console import Console
 from ftrun.metrics.sink import Sink
 from ftrun.models.forward import attention
 from ftrun.planning.advice import Advisor, advise
-from ftrun.planning.settle import refusal, settle, supply_of
+from ftrun.planning.keeping import FOLDER, keeping_notes, kept_before, settle_keeping
+from ftrun.planning.settle import notes, refusal, supply_of
 from ftrun.planning.twin import Twin
 from ftrun.runs import Run, read_json, write_json
 from ftrun.tasks.keep import Keeper
 from ftrun.train.interrupt import stop_requests
+from ftrun.train.kept import InMemory, KeptLoss, KeptRows, OnDisk
 from ftrun.train.loop import Progress, train
 from ftrun.values import Batch, EvalRecord, StepRecord
 
@@ -49,6 +52,7 @@ class Session:
         self.sinks: list[Sink] = [console]
         self.evals: dict[str, dict[str, Any]] = {}
         self.measured: dict[str, Any] = {}
+        self.kept: KeptRows | None = None
 
     def prepare(self, out: Path) -> None:
         """Everything that can be refused: the model's names, the data, the plan. No weight is read."""
@@ -67,7 +71,9 @@ class Session:
         self.total = assemble.steps_of(job, self.corpus)
         supply = supply_of(self.corpus, self.pad_id, self.total)
         twin = Twin(job, self.parts, self.device)
-        self.settled = settle(job, twin, supply(job), self.device)
+        self.settled = settle_keeping(job, twin, supply, self.device, "data", out, kept_before(out))
+        for note in (*notes(job, twin), *keeping_notes(job, self.settled, twin.below)):
+            say(note)
         if not self.settled.plan.fits and job.refuse:
             advisor = Advisor(job, twin, self.settled, supply, self.device)
             raise DoesNotFit(
@@ -99,6 +105,7 @@ class Session:
         self.began = found is not None
         del found
         self._equip()
+        self._keep_prefix(run)
         self._evaluate_ends("before", run)
         with stop_requests(self.console.say) as self.work.stop:
             for record in train(self.work, self.progress):
@@ -106,6 +113,9 @@ class Session:
                 self._record(record)
         self._evaluate_ends("after", run)
         self.keeper.hand_over(self.provenance())
+        if self.kept is not None:
+            self.kept.store.close()
+        shutil.rmtree(run.path / FOLDER, ignore_errors=True)
         return {**self.summary(), "status": "finished"}
 
     def close(self, run: Run, outcome: dict[str, Any] | None) -> None:
@@ -145,7 +155,10 @@ class Session:
         }
 
         def make(step: int) -> list[Batch]:
-            return assemble.step_batches(job, self.corpus, self.settled.micro_batch, self.pad_id, step)
+            made = assemble.step_batches(job, self.corpus, self.settled.micro_batch, self.pad_id, step)
+            if self.kept is not None:
+                self.kept.ahead(made)
+            return made
 
         work.batches = lambda start: assemble.prefetched(make, start, self.total)
         work.watch = self._watch
@@ -160,9 +173,28 @@ class Session:
             if options.keep_best:
                 work.save_best = lambda progress: self.keeper.save(work.optimiser, progress, "best")
 
+    def _keep_prefix(self, run: Run) -> None:
+        """Training takes what the frozen layers give its rows from a store; evaluations run the whole model."""
+        self.whole_loss, where = self.work.loss, self.settled.kept.where
+        if where == "none":
+            return
+        settled, job = self.settled, self.job
+        facts = {**self.keeper.belongs, "quantisation": self.parts.quantiser.scheme(), "device": self.device.type}
+        facts |= {k: getattr(job, k) for k in ("seed", "batch", "kernels", "seq_len")} | {"torch": torch.__version__}
+        facts |= {"rows at once": settled.micro_batch, "layers": settled.plan.without_graph}
+        store = InMemory() if where == "memory" else OnDisk(run.path / FOLDER, facts)
+        try:
+            self.kept = assemble.kept_rows(
+                job, self.parts, self.corpus, settled.micro_batch, self.pad_id, store, self.work, self.console.say
+            )
+        except ValueError as error:
+            self.console.say(f"warning: keep_prefix: nothing is kept: {error}")
+            return
+        self.work.loss = KeptLoss(self.work.loss, self.kept)
+
     def _loss(self, batch: Batch) -> torch.Tensor:
         with self.work.autocast():
-            return self.work.loss(batch.to(self.work.device))
+            return self.whole_loss(batch.to(self.work.device))
 
     @contextlib.contextmanager
     def _watch(self, step: int) -> Iterator[None]:
@@ -182,6 +214,7 @@ class Session:
     def _residents(self) -> Iterator[torch.Tensor]:
         yield from self.work.model.parameters()
         yield from self.work.model.buffers()
+        yield from () if self.kept is None else self.kept.store.residents()
         for state in self.work.optimiser.state.values():
             yield from (v for v in state.values() if isinstance(v, torch.Tensor))
 
