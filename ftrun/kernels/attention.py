@@ -125,7 +125,7 @@ def _attention_backward(
 
 def scratch_bytes(lengths: Sequence[int], width: int, back: bool) -> int:
     """What the kernel's threads need beside its outputs."""
-    return torch.get_num_threads() * compiled.scratch(max(lengths), width, back) + 64
+    return torch.get_num_threads() * compiled.scratch("attention", max(lengths), width, back) + 64
 
 
 def shares_bytes(q: torch.Tensor, k: torch.Tensor) -> int:
@@ -136,7 +136,7 @@ def shares_bytes(q: torch.Tensor, k: torch.Tensor) -> int:
 def _rooms(lengths: Sequence[int], q: torch.Tensor, back: bool) -> tuple[torch.Tensor, int, torch.Tensor]:
     starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int64)
     room = torch.empty(scratch_bytes(lengths, q.shape[-1], back), dtype=torch.uint8)
-    return starts, compiled.scratch(max(lengths), q.shape[-1], back), room[-room.data_ptr() % 64 :]
+    return starts, compiled.scratch("attention", max(lengths), q.shape[-1], back), room[-room.data_ptr() % 64 :]
 
 
 def _sizes(q: torch.Tensor, k: torch.Tensor, starts: torch.Tensor, scale: float, window: int) -> tuple[Any, ...]:

@@ -40,13 +40,14 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "gated_backward": (_INT, _INT, _LONG, _LONG, _LONG, *[_POINTER] * 5, _INT),
     "rope": (_INT, *[_LONG] * 4, *_VIEW, _POINTER, _POINTER, *_VIEW, _INT, _INT),
     "cross_entropy": (_INT, _LONG, _LONG, _POINTER, _POINTER, _FLOAT, _FLOAT, _INT, _POINTER, _INT),
-    "scale_columns": (_INT, _LONG, _LONG, _POINTER, _POINTER, _INT),
     "scale_columns_backward": (_INT, _LONG, _LONG, *[_POINTER] * 5, _INT),
+    "linear": (_LONG, _LONG, _LONG, _POINTER, _LONG, *[_POINTER] * 4, _INT),
     "cross": (_LONG, _LONG, _LONG, *[_POINTER] * 4, _INT),
     "dequantise_4bit": (_INT, _LONG, _POINTER, _POINTER, _LONG, _POINTER, _POINTER, _INT),
     "attention": (*_ATTENDED, _POINTER, _POINTER, _POINTER, _LONG, _INT),
     "attention_backward": (*_ATTENDED, *[_POINTER] * 8, _LONG, _INT),
 }
+_SCRATCH = {"attention": (_LONG, _LONG, _INT), "linear": (_LONG, _LONG, _LONG, _INT)}
 
 
 def takes(*tensors: torch.Tensor) -> bool:
@@ -87,10 +88,10 @@ def call(name: str, *args: Any) -> None:
     getattr(found, f"ftrun_{name}")(*given, torch.get_num_threads())
 
 
-def scratch(longest: int, width: int, back: bool) -> int:
-    """Bytes that one thread of the attention kernel needs for a row of `longest` tokens and heads of `width`."""
+def scratch(kernel: str, *sizes: int) -> int:
+    """Bytes that a kernel works in, beside its outputs: ftrun_KERNEL_scratch, for these sizes."""
     found = library()
-    return 0 if found is None else int(found.ftrun_attention_scratch(longest, width, back))
+    return 0 if found is None else int(getattr(found, f"ftrun_{kernel}_scratch")(*sizes))
 
 
 @functools.cache
@@ -105,9 +106,10 @@ def library() -> ctypes.CDLL | None:
         if hasattr(found, f"ftrun_{name}"):
             getattr(found, f"ftrun_{name}").argtypes = kinds
             getattr(found, f"ftrun_{name}").restype = None
-    if hasattr(found, "ftrun_attention_scratch"):
-        found.ftrun_attention_scratch.argtypes = (_LONG, _LONG, _INT)
-        found.ftrun_attention_scratch.restype = _LONG
+    for name, kinds in _SCRATCH.items():
+        if hasattr(found, f"ftrun_{name}_scratch"):
+            getattr(found, f"ftrun_{name}_scratch").argtypes = kinds
+            getattr(found, f"ftrun_{name}_scratch").restype = _LONG
     return found
 
 

@@ -9,6 +9,7 @@ the product that needs it.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ftrun.kernels import compiled
+from ftrun.kernels import compiled, linear
 from ftrun.kernels.dense import dense_weight, is_linear
 
 
@@ -108,17 +109,18 @@ class _LoRA(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         rows, dtype = x.reshape(-1, x.shape[-1]), x.dtype
         keep = torch.empty_like(rows, dtype=torch.bool).bernoulli_(1 - dropout) if dropout else None
-        hidden = _drop(rows, keep, dropout) @ _stacked(layers, dtype).T
+        tile = linear.tile(rows)
+        hidden = linear.product([_drop(rows, keep, dropout)], [_all_a(layers, dtype, tile)], turned=True)
         found, scaled, gains = [], [], []
-        for layer, part in zip(layers, hidden.split([layer.rank for layer in layers], dim=1), strict=True):
-            out, gain = _product(rows, layer, part)
+        for layer, place in zip(layers, _places(layers, tile), strict=True):
+            out, gain = _output(rows, layer, hidden[:, place])
             scaled.append(None if gain is None else out)
             gains.append(gain)
             if gain is not None and layer.bias is not None:
                 out = out + layer.bias.to(dtype)
             found.append(out.view(*x.shape[:-1], out.shape[-1]))
         ctx.save_for_backward(rows, hidden, keep, *gains, *scaled)
-        ctx.layers, ctx.dropout, ctx.shape = layers, dropout, x.shape
+        ctx.layers, ctx.dropout, ctx.shape, ctx.tile = layers, dropout, x.shape, tile
         return tuple(found)
 
     @staticmethod
@@ -133,56 +135,69 @@ class _LoRA(torch.autograd.Function):
                 flat[i], sums = unscaled(flat[i], scaled[i], gain)
                 m = layer.magnitude
                 grad_m[i] = torch.where(m == 0, 0, sums / m).to(m.dtype)
-        narrow, grad_b = _through_b(flat, layers, hidden)
-        grad_a = _through_a(narrow, layers, _drop(rows, keep, ctx.dropout))
+        places = _places(layers, ctx.tile)
+        narrow = linear.product(*_tuned(flat, layers, ctx.tile), turned=False)
+        grad_b = [
+            None if layer.b is None else (grad.T @ hidden[:, place][:, : layer.rank]).to(layer.b.dtype).mul_(layer.scale)
+            for grad, layer, place in zip(flat, layers, places, strict=True)
+        ]
+        whole = narrow.T @ _drop(rows, keep, ctx.dropout)
+        # copies of float32: no gradient is a part of another's memory
+        grad_a = [
+            None if layer.a is None else whole[place][: layer.rank].to(layer.a.dtype, copy=True)
+            for layer, place in zip(layers, places, strict=True)
+        ]
         grad_x = _to_input(ctx, flat, narrow, keep) if ctx.needs_input_grad[0] else None
         return grad_x, None, None, *grad_a, *grad_b, *grad_m
 
 
-def _product(
-    rows: torch.Tensor, layer: Factors, hidden: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _output(rows: torch.Tensor, layer: Factors, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The layer's product and, where it has one, its gain: then the bias is left out."""
     matrix = layer.weight(rows.dtype)
     gain = None if layer.gain is None else layer.gain(matrix)
     bias = None if layer.bias is None or gain is not None else layer.bias.to(rows.dtype)
-    out = F.linear(rows, matrix, bias)
-    if layer.b is not None:
-        out.addmm_(hidden, (layer.b * layer.scale).to(rows.dtype).T)
-    if gain is not None:
-        scale_columns_(out, gain)
-    return out, gain
+    if layer.b is None:
+        return linear.product([rows], [matrix], turned=True, bias=bias), gain
+    b = _wide((layer.b * layer.scale).to(rows.dtype), hidden.shape[1])
+    return linear.product([rows, hidden], [matrix, b], turned=True, bias=bias, gain=gain), gain
 
 
-def _through_b(
-    grads: Sequence[torch.Tensor], layers: tuple[Factors, ...], hidden: torch.Tensor
-) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-    """(the gradient of `hidden`, those of all B)."""
-    narrow, found = [], []
-    for grad, layer, part in zip(grads, layers, hidden.split([layer.rank for layer in layers], dim=1), strict=True):
-        if layer.b is not None:
-            narrow.append(grad @ (layer.b * layer.scale).to(grad.dtype))
-        found.append(None if layer.b is None else (grad.T @ part).to(layer.b.dtype).mul_(layer.scale))
-    return narrow[0] if len(narrow) == 1 else torch.cat(narrow, dim=1), found
-
-
-def _through_a(
-    narrow: torch.Tensor, layers: tuple[Factors, ...], seen: torch.Tensor
-) -> list[torch.Tensor | None]:
-    """The gradients of all A, each in memory of its own."""
-    whole = (narrow.T @ seen).split([layer.rank for layer in layers])
-    return [
-        None if layer.a is None else part.to(layer.a.dtype, copy=len(layers) > 1)
-        for part, layer in zip(whole, layers, strict=True)
+def _tuned(
+    grads: Sequence[torch.Tensor], layers: tuple[Factors, ...], tile: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The outputs' gradients that meet a B, and these B, each in its own columns of `hidden`."""
+    width, places = _width(layers, tile), _places(layers, tile)
+    found = [
+        (grad, _wide((layer.b * layer.scale).to(grad.dtype), width, place.start))
+        for grad, layer, place in zip(grads, layers, places, strict=True)
+        if layer.b is not None
     ]
+    return [grad for grad, _ in found], [b for _, b in found]
 
 
-def scale_columns_(x: torch.Tensor, gain: torch.Tensor) -> None:
-    """x (rows, out) times gain (out,) float32, in place, each product rounded once."""
-    if compiled.takes(x):
-        torch.ops.ftrun.scale_columns_(x, gain)
-    else:  # a gain near 1 must not be rounded to 16 bits itself
-        x.addcmul_(x, (gain - 1).to(x.dtype))
+def _places(layers: Sequence[Factors], tile: int) -> list[slice]:
+    """Each layer's columns of `hidden`: its rank, filled up to whole tiles by columns that meet zeros."""
+    starts = [0, *itertools.accumulate(layer.rank for layer in layers)]
+    return [slice(start, start + linear.filled(layer.rank, tile)) for start, layer in zip(starts, layers, strict=False)]
+
+
+def _width(layers: Sequence[Factors], tile: int) -> int:
+    """The columns of `hidden`."""
+    return linear.filled(max(place.stop for place in _places(layers, tile)), tile)
+
+
+def _wide(b: torch.Tensor, columns: int, start: int = 0) -> torch.Tensor:
+    """B (out, rank) among zeros: (out, columns)."""
+    rank = b.shape[1]
+    return b if rank == columns else F.pad(b, (start, columns - rank - start))
+
+
+def _all_a(layers: Sequence[Factors], dtype: torch.dtype, tile: int) -> torch.Tensor:
+    """All A, one under another, and zeros: (columns of `hidden`, in)."""
+    found = [layer.a.to(dtype) for layer in layers if layer.a is not None]
+    rest = _width(layers, tile) - sum(a.shape[0] for a in found)
+    whole = found[0] if len(found) == 1 else torch.cat(found)
+    return F.pad(whole, (0, 0, 0, rest)) if rest else whole
 
 
 def unscaled(grad: torch.Tensor, y: torch.Tensor, gain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -197,32 +212,17 @@ def unscaled(grad: torch.Tensor, y: torch.Tensor, gain: torch.Tensor) -> tuple[t
 def _to_input(
     ctx: Any, grads: Sequence[torch.Tensor], narrow: torch.Tensor, keep: torch.Tensor | None
 ) -> torch.Tensor:
-    """The input's gradient, summed over the layers in one tensor."""
-    dtype, total = narrow.dtype, None
-    for grad, layer in zip(grads, ctx.layers, strict=True):
-        matrix = layer.weight(dtype)
-        total = grad @ matrix if total is None else total.addmm_(grad, matrix)
-    assert total is not None
+    """The input's gradient, summed over the layers in one product."""
+    dtype, layers = narrow.dtype, ctx.layers
+    weights = [layer.weight(dtype) for layer in layers]
     if keep is None:
-        return total.addmm_(narrow, _stacked(ctx.layers, dtype)).view(ctx.shape)
-    return total.add_(_drop(narrow @ _stacked(ctx.layers, dtype), keep, ctx.dropout)).view(ctx.shape)
-
-
-def _stacked(layers: Sequence[Factors], dtype: torch.dtype) -> torch.Tensor:
-    """All A, one under another: (sum of ranks, in)."""
-    found = [layer.a.to(dtype) for layer in layers if layer.a is not None]
-    return found[0] if len(found) == 1 else torch.cat(found)
+        return linear.product([*grads, narrow], [*weights, _all_a(layers, dtype, ctx.tile)], turned=False).view(ctx.shape)
+    total = linear.product(grads, weights, turned=False)
+    return total.add_(_drop(narrow @ _all_a(layers, dtype, ctx.tile), keep, ctx.dropout)).view(ctx.shape)
 
 
 def _drop(x: torch.Tensor, keep: torch.Tensor | None, dropout: float) -> torch.Tensor:
     return x if keep is None else x * keep / (1 - dropout)
-
-
-def _scale_columns(x: torch.Tensor, gain: torch.Tensor) -> None:
-    if x.is_cuda:
-        _on_cuda(x, gain)
-    else:
-        compiled.call("scale_columns", x.dtype == torch.bfloat16, *x.shape, x, gain)
 
 
 def _scale_columns_backward(
@@ -237,20 +237,12 @@ def _scale_columns_backward(
 
 
 @compiled.on_cuda
-def _on_cuda(x: torch.Tensor, gain: torch.Tensor) -> None:
-    x.copy_(x * gain)
-
-
-@compiled.on_cuda
 def _back_on_cuda(grad: torch.Tensor, y: torch.Tensor, gain: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (grad * gain).to(grad.dtype), (grad.float() * y).sum(0)
 
 
 def _register() -> None:
     define, implement, fake = torch.library.define, torch.library.impl, torch.library.register_fake
-    define("ftrun::scale_columns_", "(Tensor(a!) x, Tensor gain) -> ()")
-    implement("ftrun::scale_columns_", "default", _scale_columns)
-    fake("ftrun::scale_columns_", lambda x, gain: None)
     define("ftrun::scale_columns_backward", "(Tensor grad, Tensor y, Tensor gain) -> (Tensor, Tensor)")
     implement("ftrun::scale_columns_backward", "default", _scale_columns_backward)
     fake("ftrun::scale_columns_backward", lambda grad, y, gain: (torch.empty_like(grad), torch.empty_like(gain)))

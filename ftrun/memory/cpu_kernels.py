@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ftrun.kernels import attention, dora
+from ftrun.kernels import attention, dora, linear
 
 Sizes = Iterable[int]
 _INT8_CHUNK = 1 << 19  # elements that ftrun::dequantise_int8 makes dense at once (ftrun/kernels/blockwise.py)
@@ -104,6 +104,13 @@ def _attended_backward(args: Sequence[Any], kwargs: dict[str, Any], out: Any) ->
     yield attention.shares_bytes(query, key)
 
 
+def _linear(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Sizes:
+    """ftrun/kernels/linear.py: the weights in panels, and what the threads work in."""
+    inputs = args[0]
+    yield from (x.nbytes for x in inputs if x.stride(1) != 1)
+    yield linear.scratch_bytes(*out.shape, sum(x.shape[1] for x in inputs))
+
+
 def _cross(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Sizes:
     """ftrun/kernels/dora.py: what W Aᵀ works in."""
     return (dora.scratch_bytes(args[0].shape[1], args[1].shape[0]),)
@@ -150,6 +157,7 @@ _RULES: dict[str, Callable[[Sequence[Any], dict[str, Any], Any], Sizes]] = {
     "bitsandbytes::optimizer_update_8bit_blockwise": _update_8bit,
     "bitsandbytes::optimizer_update_32bit": _update_32bit,
     "ftrun::dequantise_int8": _dequantise_int8,
+    "ftrun::linear": _linear,
     "ftrun::cross": _cross,
     "ftrun::attention": _attended,
     "ftrun::attention_backward": _attended_backward,

@@ -165,17 +165,7 @@ void cross_entropy(i64 rows, i64 vocabulary, T* logits, const i64* targets, floa
     }
 }
 
-// x times a number a column
-template <typename T> void scale_columns(i64 rows, i64 width, T* x, const float* gain, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (i64 row = 0; row < rows; row++) {
-        T* at = x + row * width;
-#pragma omp simd
-        for (i64 i = 0; i < width; i++) put(at[i], get(at[i]) * gain[i]);
-    }
-}
-
-// its gradient, scaled = grad gain, and each column's sum of grad y. By columns: the sums do not hang on the threads
+// of y = x gain, a gain a column: scaled = grad gain, and each column's sum of grad y. By columns: the sums do not hang on the threads
 template <typename T>
 void scale_columns_backward(i64 rows, i64 width, const T* grad, const T* y, const float* gain, T* scaled, float* sums,
                             int threads) {
@@ -201,11 +191,6 @@ void scale_columns_backward(i64 rows, i64 width, const T* grad, const T* y, cons
 }  // namespace
 
 extern "C" {
-
-void ftrun_scale_columns(int half, i64 rows, i64 width, void* x, const float* gain, int threads) {
-    if (half) scale_columns(rows, width, (bf16*)x, gain, threads);
-    else scale_columns(rows, width, (float*)x, gain, threads);
-}
 
 void ftrun_scale_columns_backward(int half, i64 rows, i64 width, const void* grad, const void* y, const float* gain,
                                   void* scaled, float* sums, int threads) {
