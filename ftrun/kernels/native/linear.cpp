@@ -18,7 +18,9 @@ struct Part {
 
 constexpr i64 PANEL = 32;           // columns at once
 constexpr i64 SLAB = 640;             // of k at once: that much of a panel stays in the first cache
-constexpr i64 CHUNK_BYTES = 1 << 20;  // of a, which stay in the second cache while all panels pass
+// Where more comes out than is summed over, a thread takes few rows at once (what comes out stays in the second cache)
+// against as many panels as stay there; else more rows, against all panels. The numbers are the fastest of some tried.
+constexpr i64 FEW_ROWS = 96, MORE_ROWS = 160, GROUP_BYTES = 1 << 20;
 
 // columns first ... first + PANEL of all parts' w, in pairs of k: [sum of k / 2][PANEL][2]
 void pack(const Part* parts, i64 count, i64 columns, i64 first, uint32_t* to) {
@@ -118,15 +120,15 @@ static inline void finish(const float* sums, i64 here, i64 wide, const bf16* bia
 
 extern "C" {
 
-// rows of a that a thread takes at once: they stay in the second cache while all panels pass
-i64 chunk_of(i64 rows, i64 depth, int threads) {
-    const i64 fair = up_to((rows + threads - 1) / threads, 32), fit = CHUNK_BYTES / (depth * 2) / 32 * 32;
-    return fit < 32 ? 32 : fit > fair ? fair : fit;
+// rows that a thread takes at once
+i64 chunk_of(i64 rows, i64 columns, i64 depth, int threads) {
+    const i64 fair = up_to((rows + threads - 1) / threads, 32), most = columns > depth ? FEW_ROWS : MORE_ROWS;
+    return most < fair ? most : fair;
 }
 
 // bytes: all of w in panels; each thread's chunk of all a, and its sums
 i64 ftrun_linear_scratch(i64 rows, i64 columns, i64 depth, int threads) {
-    const i64 chunk = chunk_of(rows, depth, threads);
+    const i64 chunk = chunk_of(rows, columns, depth, threads);
     return (up_to(columns, PANEL) + threads * chunk) * depth * 2 + threads * chunk * PANEL * 4;
 }
 
@@ -134,7 +136,9 @@ i64 ftrun_linear_scratch(i64 rows, i64 columns, i64 depth, int threads) {
 void ftrun_linear(i64 rows, i64 columns, i64 count, const i64* table, i64 depth, const void* bias, const float* gain,
                   void* out, char* scratch, int threads) {
     const Part* parts = (const Part*)table;
-    const i64 panels = (columns + PANEL - 1) / PANEL, words = depth / 2 * PANEL, chunk = chunk_of(rows, depth, threads);
+    const i64 panels = (columns + PANEL - 1) / PANEL, words = depth / 2 * PANEL, chunk = chunk_of(rows, columns, depth, threads);
+    const i64 chunks_in_all = (rows + chunk - 1) / chunk, size = panels * words * 4;
+    const i64 groups = columns > depth && size > GROUP_BYTES ? (size + GROUP_BYTES - 1) / GROUP_BYTES : 1;
     uint32_t* packed = (uint32_t*)scratch;
     bf16* chunks = (bf16*)(packed + panels * words);
 #pragma omp parallel num_threads(threads)
@@ -144,15 +148,17 @@ void ftrun_linear(i64 rows, i64 columns, i64 count, const i64* table, i64 depth,
         float* sums = (float*)(chunks + threads * chunk * depth) + omp_get_thread_num() * chunk * PANEL;
 #pragma omp for schedule(static)
         for (i64 p = 0; p < panels; p++) pack(parts, count, columns, p * PANEL, packed + p * words);
-#pragma omp for schedule(dynamic)
-        for (i64 first = 0; first < rows; first += chunk) {
-            const i64 last = first + chunk < rows ? first + chunk : rows;
+        // a thread's tasks follow one another: chunk after chunk against the same panels
+#pragma omp for schedule(static)
+        for (i64 task = 0; task < groups * chunks_in_all; task++) {
+            const i64 first = task % chunks_in_all * chunk, last = first + chunk < rows ? first + chunk : rows;
+            const i64 low = task / chunks_in_all * panels / groups, high = (task / chunks_in_all + 1) * panels / groups;
             // a few panels do not repay a copy of a, but for rows that are not there
             const bool as_it_is = count == 1 && panels <= 3 && (last - first) % 32 == 0;
             if (!as_it_is) gather(parts, count, first, last, depth, own);
             const bf16* left = as_it_is ? parts[0].left() + first * parts[0].a_row : own;
             const i64 a_row = as_it_is ? parts[0].a_row : 32, block_row = as_it_is ? a_row : depth;
-            for (i64 p = 0; p < panels; p++) {
+            for (i64 p = low; p < high; p++) {
                 const i64 wide = columns - p * PANEL < PANEL ? columns - p * PANEL : PANEL;
                 const bf16* at_bias = bias ? (const bf16*)bias + p * PANEL : nullptr;
                 const float* at_gain = gain ? gain + p * PANEL : nullptr;
