@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -142,5 +143,5 @@ def cut(batch: Batch, length: int) -> Batch:
         keep = torch.arange(min(length, batch.input_ids.shape[1]))
     tensors = {name: getattr(batch, name)[:, keep] for name in ("input_ids", "position_ids", "targets")}
     learnt = int((tensors["targets"] != IGNORE).sum())
-    facts = {"lengths": lengths, "tokens": sum(lengths), "supervised": learnt, "filler": more, "learnt": None}
-    return dataclasses.replace(batch, **tensors, **facts)
+    facts: dict[str, Any] = {"lengths": lengths, "tokens": sum(lengths), "filler": more, "learnt": None}
+    return dataclasses.replace(batch, **tensors, **facts, supervised=learnt)

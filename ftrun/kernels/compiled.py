@@ -26,7 +26,7 @@ import torch
 from ftrun.runs import cache_dir
 
 _SOURCES = Path(__file__).parent / "native"
-_FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math")
+_FLAGS: tuple[str, ...] = ("-O3", "-march=native", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math")
 _FLAGS += ("-fopenmp", "-fPIC", "-shared", "-std=c++17")
 _PATIENCE = 300  # seconds that a compiler may take
 _INT, _LONG, _FLOAT, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p

@@ -91,7 +91,9 @@ def factors(
     """
 
     def gain(matrix: torch.Tensor) -> torch.Tensor:
-        return magnitude.detach().float() / factored_norm(square, cross(matrix, a.detach()), a.detach(), b.detach(), scale)
+        return magnitude.detach().float() / factored_norm(
+            square, cross(matrix, a.detach()), a.detach(), b.detach(), scale
+        )
 
     return Factors(weight, bias, a, b, scale, gain, magnitude)
 

@@ -42,7 +42,8 @@ def product(
     inputs (T, kᵢ); weights (out, kᵢ) where turned, else (kᵢ, out); bias (out,); gain (out,) float32.
     """
     if _tiled(*inputs, *weights):
-        return torch.ops.ftrun.linear(list(inputs), list(weights), turned, bias, gain)  # type: ignore[no-any-return]
+        found: torch.Tensor = torch.ops.ftrun.linear(list(inputs), list(weights), turned, bias, gain)
+        return found
     first = bias if gain is None else None
     out = F.linear(inputs[0], weights[0] if turned else weights[0].T, first)
     for x, weight in zip(inputs[1:], weights[1:], strict=True):
@@ -79,7 +80,7 @@ def _linear(
         assert lying.stride(1) == 1, "a weight with gaps between its numbers"
         table += [x.data_ptr(), x.stride(0), x.shape[1], lying.data_ptr(), lying.stride(0), int(turned != across)]
         depth += x.shape[1]
-    room = torch.empty(scratch_bytes(*out.shape, depth), dtype=torch.uint8)
+    room = torch.empty(scratch_bytes(out.shape[0], out.shape[1], depth), dtype=torch.uint8)
     sizes = (*out.shape, len(inputs), (ctypes.c_int64 * len(table))(*table), depth)
     compiled.call("linear", *sizes, bias, gain, out, room[-room.data_ptr() % 64 :])
     return out

@@ -138,7 +138,9 @@ class _LoRA(torch.autograd.Function):
         places = _places(layers, ctx.tile)
         narrow = linear.product(*_tuned(flat, layers, ctx.tile), turned=False)
         grad_b = [
-            None if layer.b is None else (grad.T @ hidden[:, place][:, : layer.rank]).to(layer.b.dtype).mul_(layer.scale)
+            None
+            if layer.b is None
+            else (grad.T @ hidden[:, place][:, : layer.rank]).to(layer.b.dtype).mul_(layer.scale)
             for grad, layer, place in zip(flat, layers, places, strict=True)
         ]
         whole = narrow.T @ _drop(rows, keep, ctx.dropout)
@@ -209,14 +211,14 @@ def unscaled(grad: torch.Tensor, y: torch.Tensor, gain: torch.Tensor) -> tuple[t
     return torch.addcmul(grad, grad, (gain - 1).to(grad.dtype)), sums
 
 
-def _to_input(
-    ctx: Any, grads: Sequence[torch.Tensor], narrow: torch.Tensor, keep: torch.Tensor | None
-) -> torch.Tensor:
+def _to_input(ctx: Any, grads: Sequence[torch.Tensor], narrow: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
     """The input's gradient, summed over the layers in one product."""
     dtype, layers = narrow.dtype, ctx.layers
     weights = [layer.weight(dtype) for layer in layers]
     if keep is None:
-        return linear.product([*grads, narrow], [*weights, _all_a(layers, dtype, ctx.tile)], turned=False).view(ctx.shape)
+        return linear.product([*grads, narrow], [*weights, _all_a(layers, dtype, ctx.tile)], turned=False).view(
+            ctx.shape
+        )
     total = linear.product(grads, weights, turned=False)
     return total.add_(_drop(narrow @ _all_a(layers, dtype, ctx.tile), keep, ctx.dropout)).view(ctx.shape)
 

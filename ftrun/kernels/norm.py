@@ -89,9 +89,7 @@ def _register() -> None:
     define("ftrun::rms_norm", "(Tensor x, Tensor weight, float eps, bool plus_one) -> (Tensor, Tensor)")
     implement("ftrun::rms_norm", "default", _rms_norm)
     fake("ftrun::rms_norm", _empty)
-    define(
-        "ftrun::rms_norm_backward", "(Tensor grad, Tensor x, Tensor weight, Tensor rstd, bool plus_one) -> Tensor"
-    )
+    define("ftrun::rms_norm_backward", "(Tensor grad, Tensor x, Tensor weight, Tensor rstd, bool plus_one) -> Tensor")
     implement("ftrun::rms_norm_backward", "default", _rms_norm_backward)
     fake("ftrun::rms_norm_backward", lambda grad, x, weight, rstd, plus_one: torch.empty_like(x))
 

@@ -1,6 +1,6 @@
 """The work of a step, counted from its operations: what takes time, in units that a device has rates for.
 
-Counted on fake tensors beside the memory. No time is guessed here: ftrun/speed.py measures the rates.
+Counted on fake tensors beside the memory. No time is guessed here: ftrun/planning/speed.py measures the rates.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _FREE: tuple[str, ...] = (
     "unsqueeze",
 )
 _FREE += ("squeeze", "select", "as_strided", "alias", "reshape", "_unsafe_view", "empty", "empty_like", "unbind")
-_DENSE = ("dequantize_4bit", "dequantise_int8")
+_DENSE = ("dequantize_4bit", "dequantise_4bit", "dequantise_int8")
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,10 @@ def cost_of(func: Any, args: Any, out: Any) -> Cost:
         return Cost()
     if name in _PRODUCTS:
         return _product(args, out)
+    if name == "linear":
+        return Cost(products16=2.0 * out.numel() * sum(x.shape[1] for x in args[0]), calls=1)
+    if name in ("attention", "attention_backward"):
+        return Cost(attention=_by_rows(name, args), calls=1)
     if "scaled_dot_product" in name:
         return Cost(attention=_attention(name, args), calls=1)
     if name in _DENSE:
@@ -83,6 +87,13 @@ def _attention(name: str, args: Any) -> float:
     query, key = [t for t in _tensors(args) if t.dim() == 4][1 if backward else 0 :][:2]
     batch, heads, length, width = query.shape
     return (5 if backward else 2) * batch * heads * length * key.shape[2] * width
+
+
+def _by_rows(name: str, args: Any) -> float:
+    """As `_attention`, for our own operators: each row against itself."""
+    back = name.endswith("backward")
+    query, lengths = (args[1], args[6]) if back else (args[0], args[3])
+    return (5 if back else 2) * query.shape[1] * query.shape[3] * float(sum(n * n for n in lengths))
 
 
 def _tensors(tree: Any) -> Iterable[torch.Tensor]:

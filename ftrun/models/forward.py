@@ -105,7 +105,12 @@ def seen_in_trial() -> Iterator[list[tuple[tuple[torch.Tensor, ...], dict[str, A
 
 
 def _note(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, **told: Any
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    **told: Any,
 ) -> tuple[torch.Tensor, None]:
     _CALLS.get().append(((query, key, value), told))
     return query.transpose(1, 2), None

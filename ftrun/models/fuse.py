@@ -23,6 +23,8 @@ from ftrun.kernels.dense import features, is_linear
 from ftrun.kernels.lora import together
 from ftrun.models.forward import TRIAL, attend, seen_in_trial
 
+Found = tuple[Callable[..., Any], Any] | None  # a forward pass of ours, and what it must know
+
 _TOKENS, _WIDTH, _INNER = 6, 8, 10  # of a trial
 _CLOSE = 1e-5  # of the largest number: two orders of float32 sums
 _OUT = ("o_proj", "dense", "out_proj")  # what families call the product that ends attention
@@ -34,12 +36,13 @@ def fuse(model: nn.Module) -> None:
     """Gives modules of the model forward passes by our kernels; the family's own wherever those do not apply."""
     known: dict[Hashable, Any] = {}
     for module in model.modules():
-        for trial, run in ((_try_norm, _norm), (_try_gated, _gated), (_try_attention, _attention)):
-            key = (trial, *_kind(module))
+        for found in (_is_norm, _is_gated, _is_attention):
+            key = (found, _kind(module))
             if key not in known:
-                known[key] = trial(module) if trial.fits(module) else None  # type: ignore[attr-defined]
+                known[key] = found(module)
             if known[key] is not None:
-                module.forward = functools.partial(run, module, module.forward, known[key])
+                run, how = known[key]
+                module.forward = functools.partial(run, module, module.forward, how)
 
 
 def _kind(module: nn.Module) -> Hashable:
@@ -59,23 +62,21 @@ def _norm(module: Any, own: Callable[..., torch.Tensor], plus_one: bool, x: torc
     return norm.fast(x, weight, _eps(module), plus_one)
 
 
-def _try_norm(module: nn.Module) -> bool | None:
-    """Whether the weight is kept less 1; None where this is another norm."""
-    twin, x = _with_numbers(module), _numbers(_TOKENS, module.weight.shape[0])  # type: ignore[union-attr, index]
+def _is_norm(module: Any) -> Found:
+    """How it runs by our kernel: whether its weight is kept less 1. None where it is another module."""
+    named = type(module).__name__.endswith("RMSNorm") and list(module._parameters) == ["weight"]
+    if not named or module.weight.dim() != 1:
+        return None
+    twin, x = _with_numbers(module), _numbers(_TOKENS, module.weight.shape[0])
     for plus_one in (False, True):
         with contextlib.suppress(*_OTHER):
             if _same(twin(x), norm.reference(x, twin.weight, _eps(twin), plus_one)):
-                return plus_one
+                return _norm, plus_one
     return None
 
 
 def _eps(module: Any) -> float:
     return float(getattr(module, "variance_epsilon", None) or module.eps)
-
-
-_try_norm.fits = lambda module: (  # type: ignore[attr-defined]
-    type(module).__name__.endswith("RMSNorm") and list(module._parameters) == ["weight"] and module.weight.dim() == 1
-)
 
 
 # --- gated feed-forward ---
@@ -85,21 +86,21 @@ def _gated(module: Any, own: Callable[..., torch.Tensor], act: str, x: torch.Ten
     if not compiled.takes(x):
         return own(x)
     gate, up = together(x, (module.gate_proj, module.up_proj))
-    return module.down_proj(gated.fast(gate, up, act))  # type: ignore[no-any-return]
+    out: torch.Tensor = module.down_proj(gated.fast(gate, up, act))
+    return out
 
 
-def _try_gated(module: nn.Module) -> str | None:
-    """The activation; None where this is another sublayer."""
+def _is_gated(module: Any) -> Found:
+    """How it runs by our kernel: its activation. None where it is another module."""
+    if not {"gate_proj", "up_proj", "down_proj"} <= set(module._modules):
+        return None
     small = {"gate_proj": (_WIDTH, _INNER), "up_proj": (_WIDTH, _INNER), "down_proj": (_INNER, _WIDTH)}
     twin, x = _with_small(module, small), _numbers(_TOKENS, _WIDTH)
     for act in gated.ACTS:
         with contextlib.suppress(*_OTHER):
             if _same(twin(x), twin.down_proj(gated.reference(twin.gate_proj(x), twin.up_proj(x), act))):
-                return act
+                return _gated, act
     return None
-
-
-_try_gated.fits = lambda module: {"gate_proj", "up_proj", "down_proj"} <= set(module._modules)  # type: ignore[attr-defined]
 
 
 # --- attention ---
@@ -126,13 +127,17 @@ def _attention(module: Any, own: Callable[..., Any], how: Attention, *args: Any,
     strange = len(args) > 1 or more.get("past_key_values") is not None or kwargs.get("attention_mask") is not None
     if strange or more.get("row_lengths") is None or angles is None or not compiled.takes(hidden, *angles):
         return own(*args, **kwargs)
-    q, k, v = _heads(module, how, hidden, *angles, turn=rotary.fast)
+    q, k, v = _heads(module, how, hidden, angles, rotary.fast)
     out, _ = attend(module, q, k, v, None, **{**more, **how.told})
     return getattr(module, how.out)(out.reshape(*hidden.shape[:-1], -1)), None
 
 
 def _heads(
-    module: Any, how: Attention, hidden: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, turn: Callable[..., Any]
+    module: Any,
+    how: Attention,
+    hidden: torch.Tensor,
+    angles: tuple[torch.Tensor, torch.Tensor],
+    turn: Callable[..., torch.Tensor],
 ) -> list[torch.Tensor]:
     """Queries, keys and values, (B, heads, T, D)."""
     found = list(together(hidden, (module.q_proj, module.k_proj, module.v_proj)))
@@ -143,12 +148,14 @@ def _heads(
     if how.normed == "heads":
         found = [x if n is None else n(x) for x, n in zip(found, norms, strict=True)]
     q, k, v = (x.transpose(1, 2) for x in found)
-    return [turn(q, cosine, sine), turn(k, cosine, sine), v] if how.turned else [q, k, v]
+    return [turn(q, *angles), turn(k, *angles), v] if how.turned else [q, k, v]
 
 
-def _try_attention(module: nn.Module) -> Attention | None:
+def _is_attention(module: Any) -> Found:
+    """How it runs by our kernels. None where it is another module, or one that does more."""
+    parts = [module._modules.get(name) for name in ("q_proj", "k_proj", "v_proj")]
     out = next((name for name in _OUT if name in module._modules), None)
-    linear = all(is_linear(module._modules[name]) for name in ("q_proj", "k_proj", "v_proj"))  # type: ignore[arg-type]
+    linear = all(part is not None and is_linear(part) for part in parts)
     if out is None or not linear or not isinstance(getattr(module, "head_dim", None), int):
         return None
     sizes = {name: (_WIDTH, _features(module, name)) for name in ("q_proj", "k_proj", "v_proj")}
@@ -163,11 +170,8 @@ def _try_attention(module: nn.Module) -> Attention | None:
         with contextlib.suppress(*_OTHER):
             found = _tried(twin, Attention(out, one, turned, {}), width)
             if found is not None:
-                return found
+                return _attention, found
     return None
-
-
-_try_attention.fits = lambda module: {"q_proj", "k_proj", "v_proj"} <= set(module._modules)  # type: ignore[attr-defined]
 
 
 def _tried(twin: Any, how: Attention, width: int) -> Attention | None:
@@ -175,7 +179,7 @@ def _tried(twin: Any, how: Attention, width: int) -> Attention | None:
     with seen_in_trial() as calls:
         own = twin(hidden_states=x, position_embeddings=angles, attention_mask=None)
     heads, told = calls[0]
-    ours = _heads(twin, how, x, *angles, turn=rotary.reference)
+    ours = _heads(twin, how, x, angles, rotary.reference)
     same = all(_same(a, b) for a, b in zip(heads, ours, strict=True))
     out = getattr(twin, how.out)(ours[0].transpose(1, 2).reshape(1, _TOKENS, -1))
     if len(calls) != 1 or not same or len(own) != 2 or not _same(own[0], out):
@@ -230,4 +234,3 @@ def _numbers(*shape: int) -> torch.Tensor:
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.shape == other.shape and bool((one - other).abs().max() <= _CLOSE * one.abs().max())
-

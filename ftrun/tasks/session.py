@@ -24,7 +24,7 @@ from ftrun.evals.held_out import evaluate
 from ftrun.job import Job
 from ftrun.memory.device import Device, resolve
 from ftrun.memory.events import allocations, resident_bytes
-from ftrun.memory.host import few_arenas
+from ftrun.memory.host import keep_pages
 from ftrun.memory.measure import Meter
 from ftrun.metrics import jsonl
 from ftrun.metrics.console import Console
@@ -61,7 +61,7 @@ class Session:
         self.tracker = job.log.load().sink(job.log.typed(), out.name, say)
         self.device = self._device()
         if self.device.type == "cpu":
-            few_arenas()
+            keep_pages()
         self.parts = assemble.sketch(job, self.cache, say, whole=True)
         self.corpus = assemble.rows(job, self.parts, self.cache, say)
         for note in job.optim.typed().notes(self.device.type):

@@ -124,7 +124,9 @@ def by_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int
 def test_attention(heads: int, kv_heads: int, size: int, lengths: list[int], window: int | None) -> None:
     total = sum(lengths)
     q = numbers(1, total, heads, size, dtype=torch.bfloat16).transpose(1, 2)
-    k, v = (numbers(1, total + n, kv_heads, size, dtype=torch.bfloat16, seed=n + 1)[:, n:].transpose(1, 2) for n in (0, 1))
+    k, v = (
+        numbers(1, total + n, kv_heads, size, dtype=torch.bfloat16, seed=n + 1)[:, n:].transpose(1, 2) for n in (0, 1)
+    )
     exact = gradients(lambda *t: by_rows(*t, lengths, window), q.double(), k.double(), v.double())
     run = lambda *t: attention.packed_attention(*t, lengths, size**-0.5, window)  # noqa: E731
     compare(gradients(run, q, k, v), exact, 5e-3, share=0.1)
