@@ -55,7 +55,7 @@ class Shape:
 SHAPES = {
     "one": Shape(2, 2, (512,)),
     "long": Shape(1, 1, (1024,)),
-    "ragged": Shape(12, 12, (200, 61, 173, 96, 32, 150, 121, 180)),
+    "ragged": Shape(16, 16, (200, 61, 173, 96, 32, 150, 121, 180)),
     "accumulated": Shape(8, 2, (380, 301, 77, 256, 350)),
     "short": Shape(16, 16, (64,)),
 }
