@@ -159,11 +159,18 @@ def _flags() -> list[str]:
 
 
 def _digest(compiler: str) -> str:
-    """What the compiled library depends on: the sources, the compiler, its flags and the processor's instructions."""
-    found = hashlib.sha256(repr((compiler, _flags(), torch.__version__, platform.machine())).encode())
+    """What the compiled library depends on: the sources, the compiler, its flags and the machine."""
+    found = hashlib.sha256(repr((compiler, _flags(), machine())).encode())
     for path in sorted(_SOURCES.iterdir()):
         found.update(path.read_bytes())
+    return found.hexdigest()[:24]
+
+
+@functools.cache
+def machine() -> str:
+    """A name for this processor's instructions and this torch: what was found out on one holds on no other."""
+    found = hashlib.sha256(repr((torch.__version__, platform.machine())).encode())
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         found.update(next((line for line in lines if line.startswith(("flags", "Features"))), "").encode())
-    return found.hexdigest()[:24]
+    return found.hexdigest()[:16]

@@ -3,9 +3,6 @@
 A fake tensor's operation makes its outputs and nothing else. Each rule here gives the sizes, in bytes, of the blocks
 that torch's or bitsandbytes' CPU kernel holds at its own highest point beyond inputs and outputs; the source is named
 with the rule, and tests/memory/test_cpu_kernels.py compares every rule with the allocator's events.
-
-Left out, because they follow from no shape alone: the scratchpads of oneDNN's other bfloat16 products (ideep, mkldnn's
-brgemm matmul; 0.05 to 1 MB).
 """
 
 from __future__ import annotations
@@ -17,6 +14,7 @@ from typing import Any
 import torch
 
 from ftrun.kernels import attention, dora, linear
+from ftrun.memory import scratch
 
 Sizes = Iterable[int]
 _INT8_CHUNK = 1 << 19  # elements that ftrun::dequantise_int8 makes dense at once (ftrun/kernels/blockwise.py)
@@ -116,16 +114,11 @@ def _cross(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Sizes:
     return (dora.scratch_bytes(args[0].shape[1], args[1].shape[0]),)
 
 
-_DEEP = 1 << 14  # what is summed over, from which on oneDNN's room was measured
-_PANEL = 1_200_000  # bytes
-
-
-def _deep_product(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Sizes:
-    """The logits' gradients times the head, in bfloat16: oneDNN (brgemm matmul) sums in float32, and packs a part of
-    the right factor. The float32 sums are exact, the part is what was measured: 1.12 to 1.22 MB over six shapes."""
+def _product(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Sizes:
+    """What oneDNN packs and sums in for a bfloat16 product (brgemm matmul): its rules are many, so it is measured."""
     left, right = args[0], args[1]
-    if left.dtype == torch.bfloat16 and left.shape[1] >= _DEEP:
-        yield from (4 * out.numel(), min(_PANEL, right.nbytes))
+    if left.dtype == torch.bfloat16:
+        yield scratch.of_product(left, right, out)
 
 
 def _tile(queries: int, keys: int) -> tuple[int, int]:
@@ -169,7 +162,7 @@ _RULES: dict[str, Callable[[Sequence[Any], dict[str, Any], Any], Sizes]] = {
     "bitsandbytes::optimizer_update_8bit_blockwise": _update_8bit,
     "bitsandbytes::optimizer_update_32bit": _update_32bit,
     "ftrun::dequantise_int8": _dequantise_int8,
-    "aten::mm": _deep_product,
+    "aten::mm": _product,
     "ftrun::linear": _linear,
     "ftrun::cross": _cross,
     "ftrun::attention": _attended,

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from ftrun.kernels import blockwise
+from ftrun.kernels import blockwise, compiled
+from ftrun.memory import scratch
 from ftrun.memory.cpu_kernels import transient
 from ftrun.memory.events import allocations
 
@@ -116,3 +117,34 @@ def test_optimisers_of_bitsandbytes(choice: str, dtype: torch.dtype, count: int)
             optimiser.step()
     func, *args = calls[-1]
     assert sum(transient(func, args, {}, None)) == pytest.approx(held(func, *args), rel=0.01)
+
+
+@pytest.mark.skipif(not compiled.tiles_at_hand(), reason="this processor has no AMX tiles")
+@pytest.mark.parametrize("lengths", [[T], [100, 60, 90, 6]])
+@pytest.mark.parametrize("heads", [2, 4])
+def test_attention_on_tiles(lengths: list[int], heads: int) -> None:
+    q, k, v = (torch.randn(1, T, n, 64).bfloat16().transpose(1, 2) for n in (4, heads, heads))
+    out, lse = torch.ops.ftrun.attention(q, k, v, lengths, 0.125, T)
+    check(torch.ops.ftrun.attention.default, q, k, v, lengths, 0.125, T)
+    check(torch.ops.ftrun.attention_backward.default, out, q, k, v, out, lse, lengths, 0.125, T)
+
+
+@pytest.mark.skipif(not compiled.tiles_at_hand(), reason="this processor has no AMX tiles")
+def test_products_on_tiles() -> None:
+    x, small = wide(bf16), torch.randn(T, 32).bfloat16()
+    check(
+        torch.ops.ftrun.linear.default, [x, small], [wide(bf16, 96), torch.randn(96, 32).bfloat16()], True, None, None
+    )
+    check(torch.ops.ftrun.linear.default, [x], [torch.randn(W, 40).bfloat16()], False, None, None)
+    check(torch.ops.ftrun.cross.default, wide(bf16), torch.randn(5, W))
+
+
+@pytest.mark.parametrize(
+    ("rows", "depth", "columns"), [(64, 512, 512), (512, 8192, 256), (300, 64, 1000), (16, 700, 64)]
+)
+def test_products_of_onednn_are_measured_once(rows: int, depth: int, columns: int) -> None:
+    left, right = torch.randn(rows, depth).bfloat16(), torch.randn(columns, depth).bfloat16()
+    check(aten.mm.default, left, right.T)
+    before = scratch._of.cache_info().misses
+    check(aten.mm.default, left, right.T)
+    assert scratch._of.cache_info().misses == before
