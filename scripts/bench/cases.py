@@ -72,10 +72,12 @@ _CASES = (
     Case("dora-lora", Side("ftrun", "dora", checkpointing="all"), _RECOMPUTED, equal=False),
     _against("full-rows", "hf", "full"),
     Case("last8", Side("ftrun", layers="last:8"), Side("ftrun"), equal=False),
+    # from the second epoch on, with what the layers below give kept from the first
+    Case("last8-kept", Side("ftrun", layers="last:8"), Side("ftrun"), epochs=2, equal=False),
     # not among those run by default
     _against("full-rows-ckpt", "hf", "full", checkpointing="all"),
     _against("full-rows-dora", "hf", "full", method="dora", checkpointing="all"),
     _against("lora-ckpt", "trl", checkpointing="all"),
 )
 CASES = {case.name: case for case in _CASES}
-USUAL = ("lora", "qlora-ckpt", "dora-ckpt", "dora-lora", "full-rows", "last8")
+USUAL = ("lora", "qlora-ckpt", "dora-ckpt", "dora-lora", "full-rows", "last8", "last8-kept")
