@@ -39,6 +39,12 @@ def test_conf_and_recipes_travel(site: Path) -> None:
     assert not (site / "tests").exists()
 
 
+def test_the_kernels_sources_travel(site: Path) -> None:
+    ours, theirs = ({p.name for p in (root / "ftrun/kernels/native").iterdir()} for root in (ROOT, site))
+    assert ours == theirs
+    assert {"linear.cpp", "attention.cpp", "tiles.h"} <= ours
+
+
 def test_it_works_from_any_directory(site: Path, tmp_path: Path) -> None:
     def ftrun(*typed: str) -> subprocess.CompletedProcess[str]:
         return run(sys.executable, "-m", "ftrun", *typed, cwd=tmp_path, PYTHONPATH=str(site))

@@ -22,6 +22,7 @@ from ftrun.errors import DoesNotFit, RunFailed, UserError
 from ftrun.evals.answer import answer
 from ftrun.evals.held_out import evaluate
 from ftrun.job import Job
+from ftrun.kernels import compiled
 from ftrun.memory.device import Device, resolve
 from ftrun.memory.events import allocations, resident_bytes
 from ftrun.memory.host import keep_pages
@@ -62,6 +63,8 @@ class Session:
         self.device = self._device()
         if self.device.type == "cpu":
             keep_pages()
+            if job.kernels == "fast" and (why := compiled.trouble()):
+                say(f"warning: kernels=fast: none could be compiled for this CPU ({why}); the models' own code runs")
         self.parts = assemble.sketch(job, self.cache, say, whole=True)
         self.corpus = assemble.rows(job, self.parts, self.cache, say)
         for note in job.optim.typed().notes(self.device.type):

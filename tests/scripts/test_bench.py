@@ -216,7 +216,8 @@ def _batches(case: str, folder: Path, base: Path) -> list[Any]:
 
 def _ours(batch: Any) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
     """(ids, targets) of each row."""
-    parts = (batch.input_ids[0].split(batch.lengths), batch.targets[0].split(batch.lengths))
+    real = slice(0, sum(batch.lengths))  # without the filler
+    parts = (batch.input_ids[0][real].split(batch.lengths), batch.targets[0][real].split(batch.lengths))
     return {(tuple(ids.tolist()), tuple(targets.tolist())) for ids, targets in zip(*parts, strict=True)}
 
 
