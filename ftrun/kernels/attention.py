@@ -35,8 +35,8 @@ def packed_attention(
     """
     total = q_BHTD.shape[2]
     assert sum(lengths) == total, f"rows of {sum(lengths)} tokens do not cover a sequence of {total}"
-    if softcap is None and not dropout and _all_at_once(q_BHTD):
-        out: torch.Tensor = _Tiled.apply(q_BHTD, k_BKTD, v_BKTD, list(lengths), scale, window or total)
+    if softcap is None and not dropout and _all_at_once(q_BHTD, k_BKTD, v_BKTD):
+        out: torch.Tensor = _Tiled.apply(q_BHTD, k_BKTD, v_BKTD, list(lengths), scale, min(window or total, total))
         return out
     if softcap is not None:
         return _by_rows(_capped_row, q_BHTD, k_BKTD, v_BKTD, lengths, scale, window, dropout, softcap)
@@ -72,9 +72,13 @@ def _capped_row(
     return F.dropout(weights, dropout) @ v
 
 
-def _all_at_once(q: torch.Tensor) -> bool:
-    """Whether our kernel takes it."""
-    return compiled.place(q) == "cpu" and q.dtype == torch.bfloat16 and q.shape[0] == 1 and compiled.tiles_at_hand()
+def _all_at_once(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether our kernel takes them: one row of batch, heads of one width, whole groups of them."""
+    if not q.dtype == k.dtype == v.dtype == torch.bfloat16 or not q.shape[-1] == k.shape[-1] == v.shape[-1]:
+        return False
+    if q.shape[0] != 1 or q.shape[2] == 0 or q.shape[1] % k.shape[1] or k.shape[1] != v.shape[1]:
+        return False
+    return compiled.place(q) == "cpu" and compiled.tiles_at_hand()
 
 
 class _Tiled(torch.autograd.Function):

@@ -17,6 +17,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -123,13 +124,23 @@ _PLANNED: contextvars.ContextVar[str | None] = contextvars.ContextVar("planned",
 
 
 def on_cuda(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """`plain`, compiled by torch for tensors on CUDA, for any sizes, at its first call."""
+    """`plain`, compiled by torch for tensors on CUDA, for any sizes, at its first call; as it is where that fails."""
 
     @functools.cache
-    def compiled() -> Callable[..., Any]:
-        return torch.compile(plain, dynamic=True)
+    def compiled() -> list[Callable[..., Any]]:
+        return [torch.compile(plain, dynamic=True)]
 
-    return functools.wraps(plain)(lambda *args: compiled()(*args))
+    def run(*args: Any) -> Any:
+        try:
+            return compiled()[0](*args)
+        except Exception as error:  # Triton without a C compiler, say: the same operations, one after another
+            if compiled()[0] is plain:
+                raise
+            warnings.warn(f"{plain.__name__}: not compiled for CUDA, slower: {error}".splitlines()[0], stacklevel=2)
+            compiled()[0] = plain
+            return plain(*args)
+
+    return functools.wraps(plain)(run)
 
 
 def _built() -> Path:

@@ -57,7 +57,12 @@ def product(
 def _tiled(*tensors: torch.Tensor) -> bool:
     """Whether the kernel takes them."""
     inputs = tensors[: len(tensors) // 2]
-    return len(inputs) <= _MOST and all(_by_tiles(t) for t in tensors) and all(x.shape[1] % TILE == 0 for x in inputs)
+    return (
+        0 < len(inputs) <= _MOST
+        and inputs[0].shape[0] > 0
+        and all(_by_tiles(t) for t in tensors)
+        and all(x.shape[1] % TILE == 0 for x in inputs)
+    )
 
 
 def _by_tiles(x: torch.Tensor) -> bool:
@@ -72,12 +77,14 @@ def _linear(
     gain: torch.Tensor | None,
 ) -> torch.Tensor:
     inputs = [x if x.stride(1) == 1 else x.contiguous() for x in inputs]
-    out, table, depth = _out(inputs, weights, turned), [], 0
+    out, table, kept, depth = _out(inputs, weights, turned), [], [], 0
     for x, weight in zip(inputs, weights, strict=True):
         # a matrix that lies turned over (Conv1D's) is read as it lies
         across = weight.stride(1) != 1
         lying = weight.T if across else weight
-        assert lying.stride(1) == 1, "a weight with gaps between its numbers"
+        if lying.stride(1) != 1 or lying.stride(0) % 2:  # gaps, or rows that begin amid two numbers
+            lying = lying.contiguous()
+        kept.append(lying)
         table += [x.data_ptr(), x.stride(0), x.shape[1], lying.data_ptr(), lying.stride(0), int(turned != across)]
         depth += x.shape[1]
     room = torch.empty(scratch_bytes(out.shape[0], out.shape[1], depth), dtype=torch.uint8)

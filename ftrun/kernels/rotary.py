@@ -24,8 +24,10 @@ def reference(x_BHTD: torch.Tensor, cosine_BTR: torch.Tensor, sine_BTR: torch.Te
 def fast(x_BHTD: torch.Tensor, cosine_BTR: torch.Tensor, sine_BTR: torch.Tensor) -> torch.Tensor:
     """The value of `reference`, with the gradient of x; (B, H, T, D) over memory in the order (B, T, H, D).
 
-    The angles have the dtype of x, and B is 1.
+    B is 1. Angles of another dtype than x, as autocast may leave them, are taken the plain way.
     """
+    if not compiled.takes(x_BHTD, cosine_BTR, sine_BTR):  # of two dtypes, as under autocast
+        return reference(x_BHTD, cosine_BTR, sine_BTR)
     out: torch.Tensor = _Rotary.apply(x_BHTD, cosine_BTR, sine_BTR)
     return out
 

@@ -135,7 +135,8 @@ class TokenLoss:
         assert batch.learnt is not None
         hidden = outputs.flatten(0, 1).index_select(0, batch.learnt)
         head = self.model.get_output_embeddings()
-        return chunked_loss(hidden, batch.targets.flatten()[batch.learnt], head, _frozen(head), self.shape, self.chunk)
+        targets = batch.targets.flatten()[batch.learnt]
+        return chunked_loss(hidden, targets, head, _frozen(head, hidden.dtype), self.shape, self.chunk)
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """(rows, width, D): what the head reads."""
@@ -188,8 +189,8 @@ def logit_shape(config: Any) -> Shape:
     return Shape(scale, getattr(config, "final_logit_softcapping", None))
 
 
-def _frozen(head: nn.Module) -> torch.Tensor | None:
-    """The head's matrix where it is frozen and the head is nothing but it."""
-    if type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad:
+def _frozen(head: nn.Module, dtype: torch.dtype) -> torch.Tensor | None:
+    """The head's matrix where it is frozen, of the hidden states' dtype, and the head is nothing but it."""
+    if type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad and head.weight.dtype == dtype:
         return head.weight
     return None

@@ -26,6 +26,7 @@ from ftrun.models.forward import TRIAL, attend, seen_in_trial
 Found = tuple[Callable[..., Any], Any] | None  # a forward pass of ours, and what it must know
 
 _TOKENS, _WIDTH, _INNER = 6, 8, 10  # of a trial
+_SCALES = (1.0, 1e3)  # of its numbers: the larger ones meet what a family clamps
 _CLOSE = 1e-5  # of the largest number: two orders of float32 sums
 _OUT = ("o_proj", "dense", "out_proj")  # what families call the product that ends attention
 # what a trial may stumble over in code that is nothing like what is looked for
@@ -39,7 +40,9 @@ def fuse(model: nn.Module) -> None:
         for found in (_is_norm, _is_gated, _is_attention):
             key = (found, _kind(module))
             if key not in known:
-                known[key] = found(module)
+                known[key] = None
+                with contextlib.suppress(*_OTHER):
+                    known[key] = found(module)
             if known[key] is not None:
                 run, how = known[key]
                 module.forward = functools.partial(run, module, module.forward, how)
@@ -49,30 +52,42 @@ def _kind(module: nn.Module) -> Hashable:
     """What the outcome of a trial depends on."""
     plain = (bool, int, float, str, type(None))
     own = {k: v for k, v in vars(module).items() if isinstance(v, plain) and k not in ("layer_idx", "training")}
-    return type(module), tuple(sorted(own.items())), tuple(module._modules), tuple(module._parameters)
+    inside = tuple((name, type(child)) for name, child in module._modules.items())
+    config = id(getattr(module, "config", None))
+    return type(module), tuple(sorted(own.items(), key=str)), inside, tuple(module._parameters), config
 
 
 # --- root mean square norm ---
 
 
-def _norm(module: Any, own: Callable[..., torch.Tensor], plus_one: bool, x: torch.Tensor) -> torch.Tensor:
+def _norm(module: Any, own: Callable[..., torch.Tensor], form: str, *args: Any, **kwargs: Any) -> torch.Tensor:
     weight = module.weight
-    if weight.requires_grad or not compiled.takes(x, weight):
-        return own(x)
-    return norm.fast(x, weight, _eps(module), plus_one)
+    if kwargs or len(args) > 1 or weight.requires_grad or not compiled.takes(args[0], weight):
+        return own(*args, **kwargs)
+    return norm.fast(args[0], weight, _eps(module), form)
 
 
 def _is_norm(module: Any) -> Found:
-    """How it runs by our kernel: whether its weight is kept less 1. None where it is another module."""
+    """How it runs by our kernel: the norm's form. None where it is another module."""
     named = type(module).__name__.endswith("RMSNorm") and list(module._parameters) == ["weight"]
     if not named or module.weight.dim() != 1:
         return None
     twin, x = _with_numbers(module), _numbers(_TOKENS, module.weight.shape[0])
-    for plus_one in (False, True):
-        with contextlib.suppress(*_OTHER):
-            if _same(twin(x), norm.reference(x, twin.weight, _eps(twin), plus_one)):
-                return _norm, plus_one
-    return None
+    for form in norm.FORMS:
+        if all(_same(twin(by * x), norm.reference(by * x, twin.weight, _eps(twin), form)) for by in _SCALES):
+            break
+    else:
+        return None
+    if form != "plus_one":  # float32 does not tell where it rounds to 16 bits
+        twin.__dict__["_parameters"] = {"weight": nn.Parameter(twin.weight.bfloat16(), requires_grad=False)}
+        own, x = twin(x.bfloat16()), x.bfloat16()
+        form = min(norm.FORMS[:2], key=lambda one: _differ(own, norm.reference(x, twin.weight, _eps(twin), one)))
+    return _norm, form
+
+
+def _differ(one: torch.Tensor, other: torch.Tensor) -> int:
+    """How many numbers are not the same."""
+    return int((one != other).sum())
 
 
 def _eps(module: Any) -> float:
@@ -82,11 +97,12 @@ def _eps(module: Any) -> float:
 # --- gated feed-forward ---
 
 
-def _gated(module: Any, own: Callable[..., torch.Tensor], act: str, x: torch.Tensor) -> torch.Tensor:
-    if not compiled.takes(x):
-        return own(x)
-    gate, up = together(x, (module.gate_proj, module.up_proj))
-    out: torch.Tensor = module.down_proj(gated.fast(gate, up, act))
+def _gated(module: Any, own: Callable[..., torch.Tensor], act: str, *args: Any, **kwargs: Any) -> torch.Tensor:
+    if kwargs or len(args) > 1 or not compiled.takes(args[0]):
+        return own(*args, **kwargs)
+    gate, up = together(args[0], (module.gate_proj, module.up_proj))
+    made = gated.fast(gate, up, act) if compiled.takes(gate, up) else gated.reference(gate, up, act)
+    out: torch.Tensor = module.down_proj(made)
     return out
 
 
@@ -97,9 +113,13 @@ def _is_gated(module: Any) -> Found:
     small = {"gate_proj": (_WIDTH, _INNER), "up_proj": (_WIDTH, _INNER), "down_proj": (_INNER, _WIDTH)}
     twin, x = _with_small(module, small), _numbers(_TOKENS, _WIDTH)
     for act in gated.ACTS:
-        with contextlib.suppress(*_OTHER):
-            if _same(twin(x), twin.down_proj(gated.reference(twin.gate_proj(x), twin.up_proj(x), act))):
-                return _gated, act
+
+        def ours(x: torch.Tensor, act: str = act) -> torch.Tensor:
+            made: torch.Tensor = twin.down_proj(gated.reference(twin.gate_proj(x), twin.up_proj(x), act))
+            return made
+
+        if all(_same(twin(by * x), ours(by * x)) for by in _SCALES):
+            return _gated, act
     return None
 
 

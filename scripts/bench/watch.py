@@ -67,7 +67,10 @@ def _follow(process: subprocess.Popen[bytes], lines: Path, started: float) -> Se
             seen.ends += [now] * (written - len(seen.ends))
         if done:
             process.returncode = seen.code = os.waitstatus_to_exitcode(status)
-            seen.peak, seen.seconds = max(seen.peak, usage.ru_maxrss * 1024), now
+            # a process begins as a copy of this one, whose size its figure then holds
+            least = high_water(os.getpid())
+            ended = usage.ru_maxrss * 1024
+            seen.peak, seen.seconds = max(seen.peak, ended if ended > least else 0), now
             return seen
         time.sleep(POLL)
 

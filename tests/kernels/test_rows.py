@@ -36,12 +36,12 @@ def compare(found: list[torch.Tensor], exact: list[torch.Tensor], close: float, 
 
 
 @BOTH
-@pytest.mark.parametrize("plus_one", [False, True])
+@pytest.mark.parametrize("form", norm.FORMS)
 @pytest.mark.parametrize("width", [7, 64, 576])
-def test_norm(dtype: torch.dtype, close: float, plus_one: bool, width: int) -> None:
+def test_norm(dtype: torch.dtype, close: float, form: str, width: int) -> None:
     x, weight = numbers(3, 5, width, dtype=dtype) * 3, numbers(width, dtype=dtype)
-    exact = gradients(lambda x: norm.reference(x, weight.double(), 1e-5, plus_one), x.double())
-    compare(gradients(lambda x: norm.fast(x, weight, 1e-5, plus_one), x), exact, close)
+    exact = gradients(lambda x: norm.reference(x, weight.double(), 1e-5, form), x.double())
+    compare(gradients(lambda x: norm.fast(x, weight, 1e-5, form), x), exact, close)
 
 
 def test_norm_in_bfloat16_is_transformers_own_to_the_last_bit() -> None:
@@ -50,7 +50,7 @@ def test_norm_in_bfloat16_is_transformers_own_to_the_last_bit() -> None:
     theirs = LlamaRMSNorm(576, 1e-5).bfloat16().requires_grad_(False)
     theirs.weight.copy_(numbers(576))
     x = numbers(50, 576, dtype=torch.bfloat16)
-    assert (norm.fast(x, theirs.weight, 1e-5, False) == theirs(x)).float().mean() > 0.999
+    assert (norm.fast(x, theirs.weight, 1e-5, "twice") == theirs(x)).float().mean() > 0.999
 
 
 @BOTH
@@ -91,7 +91,7 @@ def test_what_is_no_number_stays_none(name: str) -> None:
     x = numbers(2, 64)
     x[0, 3] = float("nan")
     ops = {
-        "rms_norm": lambda: torch.ops.ftrun.rms_norm(x, torch.ones(64), 1e-5, False)[0],
+        "rms_norm": lambda: torch.ops.ftrun.rms_norm(x, torch.ones(64), 1e-5, "twice")[0],
         "gated": lambda: torch.ops.ftrun.gated(x, torch.ones(2, 64), "silu"),
         "cross_entropy_": lambda: torch.ops.ftrun.cross_entropy_(x, torch.tensor([1, 1]), 1.0, 0.0, True),
     }
@@ -179,3 +179,46 @@ def test_where_no_compiler_is_models_run_by_their_own_code(tmp_path, monkeypatch
         assert not compiled.takes(logits)
     finally:
         compiled.library.cache_clear()
+
+
+@TILES
+def test_attention_hides_no_number_that_is_none() -> None:
+    q, k, v = (numbers(1, 2, 40, 64, dtype=torch.bfloat16, seed=n) for n in range(3))
+    q[0, 0, 7] = float("nan")
+    out = attention.packed_attention(q, k, v, [40], 0.125)
+    assert out[0, 0, 7].isnan().all()
+    assert not out[0, 1].isnan().any()
+
+
+@TILES
+def test_heads_that_the_kernel_has_no_place_for_go_row_by_row() -> None:
+    """Values of another width than queries (multi-head latent attention)."""
+    q, k = (numbers(1, 2, 30, 64, dtype=torch.bfloat16, seed=n) for n in range(2))
+    v = numbers(1, 2, 30, 32, dtype=torch.bfloat16, seed=2)
+    out = attention.packed_attention(q, k, v, [20, 10], 0.125)
+    assert (out.double() - by_rows(q.double(), k.double(), v.double(), [20, 10], None)).norm() <= 5e-3 * out.norm()
+
+
+def test_capped_logits_of_any_size_have_a_loss() -> None:
+    logits = torch.tensor([[5000.0, -5000.0, 3.0]])
+    losses = torch.ops.ftrun.cross_entropy_(logits, torch.tensor([1]), 1.0, 30.0, True)
+    assert losses.item() == pytest.approx(60, rel=1e-5)
+    assert logits.isfinite().all()
+
+
+def test_angles_of_another_dtype_are_taken_the_plain_way() -> None:
+    """Under autocast heads are bfloat16 and the angles of float32 masters float32."""
+    x, angles = numbers(1, 3, 9, 16, dtype=torch.bfloat16), (numbers(1, 9, 16), numbers(1, 9, 16, seed=1))
+    assert torch.equal(rotary.fast(x, *angles), rotary.reference(x, *angles))
+
+
+@TILES
+def test_products_of_odd_shapes() -> None:
+    """No rows at all, a weight amid a wider one, a weight turned over: what torch itself gives."""
+    from ftrun.kernels import linear
+
+    x, wide = numbers(40, 64, dtype=torch.bfloat16), numbers(24, 65, dtype=torch.bfloat16)
+    assert linear.product([x[:0]], [wide[:, :64]], turned=True).shape == (0, 24)
+    for weight in (wide[:, :64], wide[:, 1:], numbers(64, 24, dtype=torch.bfloat16).T):
+        found, true = linear.product([x], [weight], turned=True), x.double() @ weight.double().T
+        assert (found - true).norm() <= 4e-3 * true.norm()

@@ -111,6 +111,10 @@ def test_a_block_that_does_something_of_its_own_stays_as_it_is() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=1) * self.up_proj(x))
 
+    class ClampedMLP(modeling_llama.LlamaMLP):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=16) * self.up_proj(x))
+
     class OddAttention(modeling_llama.LlamaAttention):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             out, weights = super().forward(*args, **kwargs)
@@ -122,8 +126,18 @@ def test_a_block_that_does_something_of_its_own_stays_as_it_is() -> None:
         for odd in (OddRMSNorm, OddMLP, OddAttention):
             if type(module) is odd.__bases__[0]:
                 module.__class__ = odd
+    model.model.layers[0].mlp.__class__ = ClampedMLP
     fuse(model)
     assert counted(model) == (0, 0, 0)
+
+
+def test_a_module_that_a_trial_stumbles_over_stays_as_it_is() -> None:
+    register_attention()
+    model = tiny_model("qwen3")
+    for layer in model.model.layers:
+        layer.self_attn.q_norm = nn.Identity()  # has no weight
+    fuse(model)
+    assert counted(model)[2] == 0
 
 
 def test_a_filler_changes_nothing() -> None:

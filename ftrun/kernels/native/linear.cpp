@@ -123,7 +123,7 @@ extern "C" {
 // rows that a thread takes at once
 i64 chunk_of(i64 rows, i64 columns, i64 depth, int threads) {
     const i64 fair = up_to((rows + threads - 1) / threads, 32), most = columns > depth ? FEW_ROWS : MORE_ROWS;
-    return most < fair ? most : fair;
+    return most < fair ? most : fair < 32 ? 32 : fair;
 }
 
 // bytes: all of w in panels; each thread's chunk of all a, and its sums

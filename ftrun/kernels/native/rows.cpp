@@ -4,8 +4,9 @@
 
 namespace {
 
+// form 0: rounded after the norm and after the weight; 1: at the end; 2: so too, of a weight kept less 1
 template <typename T>
-void rms_norm(i64 rows, i64 width, const T* x, const T* weight, float eps, bool plus_one, T* y, float* rstd, int threads) {
+void rms_norm(i64 rows, i64 width, const T* x, const T* weight, float eps, int form, T* y, float* rstd, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (i64 row = 0; row < rows; row++) {
         const T* in = x + row * width;
@@ -15,12 +16,13 @@ void rms_norm(i64 rows, i64 width, const T* x, const T* weight, float eps, bool 
         for (i64 i = 0; i < width; i++) sum += get(in[i]) * get(in[i]);
         const float scale = 1.0f / std::sqrt(sum / float(width) + eps);
         rstd[row] = scale;
-        if (plus_one) {
-#pragma omp simd
-            for (i64 i = 0; i < width; i++) put(out[i], get(in[i]) * scale * (1.0f + get(weight[i])));
-        } else {
+        if (form == 0) {
 #pragma omp simd
             for (i64 i = 0; i < width; i++) put(out[i], as<T>(get(in[i]) * scale) * get(weight[i]));
+        } else {
+            const float one = form == 2 ? 1.0f : 0.0f;
+#pragma omp simd
+            for (i64 i = 0; i < width; i++) put(out[i], get(in[i]) * scale * (one + get(weight[i])));
         }
     }
 }
@@ -140,7 +142,7 @@ void cross_entropy(i64 rows, i64 vocabulary, T* logits, const i64* targets, floa
 #pragma omp simd
             for (i64 i = 0; i < vocabulary; i++) {
                 const float e = fast_exp(2.0f * (get(l[i]) * scale / cap));
-                put(l[i], cap * (e - 1.0f) / (e + 1.0f));
+                put(l[i], cap * ((e - 1.0f) / (e + 1.0f)));
             }
         } else if (scale != 1.0f) {
 #pragma omp simd
@@ -199,10 +201,10 @@ void ftrun_scale_columns_backward(int half, i64 rows, i64 width, const void* gra
 }
 
 
-void ftrun_rms_norm(int half, i64 rows, i64 width, const void* x, const void* w, float eps, int plus_one, void* y,
+void ftrun_rms_norm(int half, i64 rows, i64 width, const void* x, const void* w, float eps, int form, void* y,
                     float* rstd, int threads) {
-    if (half) rms_norm(rows, width, (const bf16*)x, (const bf16*)w, eps, plus_one, (bf16*)y, rstd, threads);
-    else rms_norm(rows, width, (const float*)x, (const float*)w, eps, plus_one, (float*)y, rstd, threads);
+    if (half) rms_norm(rows, width, (const bf16*)x, (const bf16*)w, eps, form, (bf16*)y, rstd, threads);
+    else rms_norm(rows, width, (const float*)x, (const float*)w, eps, form, (float*)y, rstd, threads);
 }
 
 void ftrun_rms_norm_backward(int half, i64 rows, i64 width, const void* g, const void* x, const void* w,
