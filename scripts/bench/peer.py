@@ -31,16 +31,16 @@ def asked() -> Asked:
     return found
 
 
-def base(model: str, quant: str) -> Any:
-    """The base in bfloat16, or in NF4 with double quantisation."""
+def base(model: str, quant: str, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The base in bfloat16, or in NF4 with double quantisation; dtype: what it computes in."""
     stored = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=dtype,
     )
     how = {"quantization_config": stored} if quant == "nf4" else {}
-    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, **how)
+    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **how)
 
 
 def adapter(method: str) -> LoraConfig:
