@@ -28,6 +28,7 @@ from ftrun.data.prefetch import prefetch
 from ftrun.errors import UserError
 from ftrun.job import Job
 from ftrun.memory.device import Device
+from ftrun.memory.host import settle_maths
 from ftrun.methods.files import load_adapter
 from ftrun.models.base import Base, open_base
 from ftrun.models.forward import PACKED, PLAIN, TokenLoss, register_attention
@@ -63,6 +64,7 @@ def sketch(job: Job, cache: Path, say: Say, whole: bool = False) -> Sketch:
     Raises UserError where targets or layers match nothing, seq_len is beyond the model, or the base cannot be had.
     """
     sweep(cache)
+    settle_maths()
     register_attention()
     base = open_base(job.model.typed(), base_name(job), cache, say)
     if whole:

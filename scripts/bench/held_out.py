@@ -3,9 +3,9 @@
     python -m scripts.bench.held_out JSON    {model, quant, rows, adapters: [folder, ...]}
 
 transformers and PEFT alone, padded rows, full logits, float32: what an adapter has learnt. (In bfloat16 PEFT adds a
-LoRA update to outputs that are rounded already, and most of a young update is lost in that, whoever trained it; its DoRA
-loses less. Two programs' adapters would be told apart by that.) Prints one JSON: {"base": loss, "adapters": [loss, ...],
-"tokens": n}, the losses in nats a supervised token.
+LoRA update to outputs that are rounded already, and most of a young update is lost in that, whoever trained it; its
+DoRA loses less. Two programs' adapters would be told apart by that.) Prints one JSON: {"base": loss,
+"adapters": [loss, ...], "tokens": n}, the losses in nats a supervised token.
 """
 
 from __future__ import annotations
