@@ -33,15 +33,25 @@ _VECTOR_MATHS += ("sigmoid", "acos", "asin", "atan", "cosh", "sinh", "erfinv")
 _ARENA_MAX, _MMAP_MAX, _TRIM_THRESHOLD = -8, -4, -1
 
 
-def keep_pages() -> None:
-    """Has the C library keep the pages of freed tensors for the next ones, and two arenas.
+def few_arenas() -> None:
+    """Has the C library keep two arenas: it reserves 64 MB of address space for each thread that it gives its own.
 
-    Pages that go back to the system with every large block, and come back zeroed, cost some 5 to 10 % of a step. Each
-    further arena reserves 64 MB of address space for a thread of its own; large blocks are made by one thread alone.
-    Where the C library is another one nothing happens, nor where the user has set these by MALLOC_… in the environment.
+    The large blocks of tensors are made by one thread alone. Elsewhere nothing happens.
     """
-    asked = {_ARENA_MAX: ("MALLOC_ARENA_MAX", 2), _MMAP_MAX: ("MALLOC_MMAP_MAX_", 0)}
-    asked[_TRIM_THRESHOLD] = ("MALLOC_TRIM_THRESHOLD_", (1 << 31) - 1)
+    _tell({_ARENA_MAX: ("MALLOC_ARENA_MAX", 2)})
+
+
+def keep_pages() -> None:
+    """Has the C library keep the pages of freed tensors for the next ones.
+
+    Pages that go back to the system with every large block, and come back zeroed, cost some 5 % of a step; kept ones
+    come in pieces that do not always fit, so this is for jobs that leave room. Where the C library is another one
+    nothing happens, nor where the user has set this by MALLOC_… in the environment.
+    """
+    _tell({_MMAP_MAX: ("MALLOC_MMAP_MAX_", 0), _TRIM_THRESHOLD: ("MALLOC_TRIM_THRESHOLD_", (1 << 31) - 1)})
+
+
+def _tell(asked: dict[int, tuple[str, int]]) -> None:
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL(None)
         for key, (name, value) in asked.items():

@@ -25,7 +25,7 @@ from ftrun.job import Job
 from ftrun.kernels import compiled
 from ftrun.memory.device import Device, resolve
 from ftrun.memory.events import allocations, resident_bytes
-from ftrun.memory.host import keep_pages
+from ftrun.memory.host import few_arenas, keep_pages
 from ftrun.memory.measure import Meter
 from ftrun.metrics import jsonl
 from ftrun.metrics.console import Console
@@ -62,7 +62,7 @@ class Session:
         self.tracker = job.log.load().sink(job.log.typed(), out.name, say)
         self.device = self._device()
         if self.device.type == "cpu":
-            keep_pages()
+            few_arenas()
             if job.kernels == "fast" and (why := compiled.trouble()):
                 say(f"warning: kernels=fast: none could be compiled for this CPU ({why}); the models' own code runs")
         self.parts = assemble.sketch(job, self.cache, say, whole=True)
@@ -77,6 +77,8 @@ class Session:
         self.settled = settle_keeping(job, twin, supply, self.device, "data", out, kept_before(out))
         for note in (*notes(job, twin), *keeping_notes(job, self.settled, twin.below)):
             say(note)
+        if self.device.type == "cpu" and 2 * self.settled.plan.needed_bytes < self.device.free_bytes:
+            keep_pages()
         if not self.settled.plan.fits and job.refuse:
             advisor = Advisor(job, twin, self.settled, supply, self.device)
             raise DoesNotFit(
