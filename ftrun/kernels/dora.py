@@ -133,11 +133,10 @@ class _DoRA(torch.autograd.Function):
         rows, matrix = x.reshape(-1, x.shape[-1]), weight()
         norm = factored_norm(square, cross(matrix, a), a, b, scale)
         gain = magnitude.float() / norm
-        keep = torch.empty_like(rows, dtype=torch.bool).bernoulli_(1 - dropout) if dropout else None
+        keep = torch.empty_like(rows, dtype=torch.bool).bernoulli_(1 - dropout)
         seen = _drop(rows, keep, dropout)
         hidden, plain = seen @ a.to(x.dtype).T, seen @ matrix.T
-        bias = None if bias is None else bias.to(x.dtype)
-        out = plain.clone() if bias is None and keep is None else F.linear(rows, matrix, bias)
+        out = F.linear(rows, matrix, None if bias is None else bias.to(x.dtype))
         out.addcmul_(plain, (gain - 1).to(x.dtype)).addmm_(hidden, _turned(gain, b, scale, x.dtype).T)
         ctx.save_for_backward(rows, a, b, magnitude, gain, norm, hidden, plain, keep)
         ctx.weight, ctx.scale, ctx.dropout, ctx.shape = weight, scale, dropout, x.shape
@@ -166,12 +165,9 @@ def _to_input(
     gain: torch.Tensor,
     narrow: torch.Tensor,
     a: torch.Tensor,
-    keep: torch.Tensor | None,
+    keep: torch.Tensor,
 ) -> torch.Tensor:
     matrix, surplus = ctx.weight(), (gain - 1).to(grad.dtype)
-    if keep is None:
-        out = torch.addcmul(grad, grad, surplus) @ matrix
-        return out.addmm_(narrow, a.to(grad.dtype)).view(ctx.shape)
     seen = (grad * surplus @ matrix).addmm_(narrow, a.to(grad.dtype))
     return (grad @ matrix).add_(_drop(seen, keep, ctx.dropout)).view(ctx.shape)
 
@@ -184,8 +180,8 @@ def _pieces(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return weight.split(max(1, _PIECE // weight.shape[1]))
 
 
-def _drop(x: torch.Tensor, keep: torch.Tensor | None, dropout: float) -> torch.Tensor:
-    return x if keep is None else x * keep / (1 - dropout)
+def _drop(x: torch.Tensor, keep: torch.Tensor, dropout: float) -> torch.Tensor:
+    return x * keep / (1 - dropout)
 
 
 def _tiled(weight: torch.Tensor) -> bool:

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from ftrun.kernels import loss  # noqa: F401 (registers ftrun::cross_entropy_)
+
 MIB = 1 << 20
 aten = torch.ops.aten
 
@@ -183,7 +185,13 @@ def _efficient_backward(args: Any, out: Any) -> list[int]:
     return [delta, 4 * batch * heads * elements, *before]
 
 
+def _cross_entropy(args: Any, out: Any) -> list[int]:
+    """ftrun/kernels/loss.py: the chunk of logits in float32, which compiled code may do without."""
+    return [4 * args[0].numel()]
+
+
 _RULES: dict[Any, Callable[[Any, Any], list[int]]] = {
+    torch.ops.ftrun.cross_entropy_: _cross_entropy,
     aten._softmax_backward_data: _softmax_backward,
     aten._scaled_dot_product_flash_attention_backward: _flash_backward,
     aten._scaled_dot_product_efficient_attention_backward: _efficient_backward,

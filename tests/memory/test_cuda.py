@@ -101,3 +101,8 @@ def test_the_tracker_counts_blocks_of_the_pool_and_gives_them_back() -> None:
         tracker.hold(100)
         assert tracker.now.total == pool.allocated == 512
     assert pool.reserved == 14 * MIB
+
+
+def test_the_loss_may_hold_its_logits_in_float32() -> None:
+    logits = torch.empty(512, 1000, dtype=torch.bfloat16)
+    assert list(cuda.transient(torch.ops.ftrun.cross_entropy_.default, (logits,), {}, None)) == [4 * 512 * 1000]
