@@ -105,4 +105,4 @@ def test_the_tracker_counts_blocks_of_the_pool_and_gives_them_back() -> None:
 
 def test_the_loss_may_hold_its_logits_in_float32() -> None:
     logits = torch.empty(512, 1000, dtype=torch.bfloat16)
-    assert list(cuda.transient(torch.ops.ftrun.cross_entropy_.default, (logits,), {}, None)) == [4 * 512 * 1000]
+    assert list(transient(torch.ops.ftrun.cross_entropy_.default, (logits,), {}, None)) == [4 * 512 * 1000]
