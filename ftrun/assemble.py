@@ -37,6 +37,7 @@ from ftrun.models.load import fill
 from ftrun.models.prefix import Prefix
 from ftrun.models.select import anatomy as find_anatomy
 from ftrun.models.skeleton import check_length, skeleton
+from ftrun.models.warm import Shelf
 from ftrun.optim.gather import buckets, gather
 from ftrun.optim.schedule import rate
 from ftrun.train.kept import KeptRows, Store
@@ -58,15 +59,17 @@ class Sketch:
     quantiser: Any
 
 
-def sketch(job: Job, cache: Path, say: Say, whole: bool = False) -> Sketch:
+def sketch(job: Job, cache: Path, say: Say, whole: bool = False, base: Base | None = None) -> Sketch:
     """The model's skeleton with its parts by role; whole: with the base's files at hand, whose config then rules.
+
+    base: the job's, where it was opened before.
 
     Raises UserError where targets or layers match nothing, seq_len is beyond the model, or the base cannot be had.
     """
     sweep(cache)
     settle_maths()
     register_attention()
-    base = open_base(job.model.typed(), base_name(job), cache, say)
+    base = base or open_base(job.model.typed(), base_name(job), cache, say)
     if whole:
         base.fetch()
     model = skeleton(base, attention=PACKED if job.kernels == "fast" else PLAIN)
@@ -111,9 +114,17 @@ def _check_ids(corpus: Corpus, tokenizer: Any, vocabulary: int, padded: bool) ->
                 raise UserError(f"{rows.where(i)}: found token {highest} ({shown!r}); {known}")
 
 
-def furnish(job: Job, parts: Sketch, device: torch.device, cache: Path, say: Say, recomputed: int) -> None:
-    """Weights into the skeleton, then the method on top, drawn or read from `method.from`."""
-    fill(parts.model, parts.base, parts.quantiser, device, cache, say)
+def furnish(
+    job: Job, parts: Sketch, device: torch.device, cache: Path, say: Say, recomputed: int, shelf: Shelf | None = None
+) -> None:
+    """Weights into the skeleton, then the method on top, drawn or read from `method.from`.
+
+    shelf: keeps frozen weights for later jobs of this process; a job that trains them itself takes none and leaves none.
+    """
+    if shelf is not None and not parts.tuner.switchable:
+        shelf.clear()
+        shelf = None
+    fill(parts.model, parts.base, parts.quantiser, device, cache, say, shelf)
     attach(job, parts)
     recompute_first(parts, recomputed)
     parts.tuner.initialise(parts.model, job.seed, parts.base.tokenizer())

@@ -14,7 +14,7 @@ from ftrun.job import GROUPS, ROOMS, Job, make_job
 from ftrun.replay import JobFile, read_job_file
 from ftrun.shell import Override, escape, parse
 
-__all__ = ["Composed", "changed", "choices_of", "compose", "composed", "conf_dir", "sweep"]
+__all__ = ["Composed", "changed", "choices_of", "compose", "composed", "conf_dir", "sweep", "swept"]
 
 # one of two says how long a run is: whoever names the one lets go of the other that a file or a recipe has set
 _EXCLUSIVE = {"steps": "epochs", "epochs": "steps"}
@@ -73,13 +73,20 @@ def sweep(arguments: Sequence[str], config_dirs: Sequence[Path] = ()) -> list[li
     """Every combination of a sweep, as command lines: Hydra's sweeps (a,b choice range glob), the last key fastest."""
     axes = []
     for one in parse(arguments, multirun=True):
-        points = one.points or (one.glob.filter(choices_of(one.key, config_dirs)) if one.glob else ())
-        if one.glob and not points:
-            raise UserError(
-                f"{one.text}: no {one.key} matches. There are {', '.join(choices_of(one.key, config_dirs))}"
-            )
-        axes.append([f"{one.sign}{one.key}={point}" for point in points] or [one.text])
+        if one.interval is not None:
+            raise UserError(f"{one.text}: an interval has no points of its own; name them, as {one.key}=1,2,3")
+        axes.append([f"{one.sign}{one.key}={point}" for point in swept(one, config_dirs)] or [one.text])
     return [list(line) for line in itertools.product(*axes)]
+
+
+def swept(one: Override, config_dirs: Sequence[Path] = ()) -> tuple[str, ...]:
+    """The values of a swept override, those that a glob stands for included; () where it is not swept by points."""
+    if one.glob is None:
+        return one.points
+    points = tuple(one.glob.filter(choices_of(one.key, config_dirs)))
+    if not points:
+        raise UserError(f"{one.text}: no {one.key} matches. There are {', '.join(choices_of(one.key, config_dirs))}")
+    return points
 
 
 def _choice(one: Override) -> str:

@@ -68,7 +68,7 @@ def read_choice(path: Path) -> tuple[dict[str, Any], bool]:
 def keys_of(group: str, name: str, config_dirs: Sequence[Path] = ()) -> set[str]:
     """The dotted keys that a choice sets in the composed tree, those that it inherits included."""
     tree, at_root = read_choice(find_choice(group, name, config_dirs))
-    own = {k: v for k, v in tree.items() if k != "defaults"}
+    own = {k: v for k, v in tree.items() if k not in ("defaults", "study")}
     keys = {path for path, _ in leaves(own if at_root else {group: own}, depth=2)}
     for inherited in tree.get("defaults", []):
         if isinstance(inherited, str) and inherited != "_self_":
@@ -159,7 +159,17 @@ def _store_recipe(name: str, config_dirs: Sequence[Path]) -> None:
     from hydra.core.config_store import ConfigStore
 
     tree, _ = read_choice(find_choice("recipe", name, config_dirs))
-    ConfigStore.instance().store(group="recipe", name=name, node=tree, package="_global_")
+    node = {k: v for k, v in tree.items() if k != "study"}
+    ConfigStore.instance().store(group="recipe", name=name, node=node, package="_global_")
+
+
+def study_of(recipe: str, config_dirs: Sequence[Path] = ()) -> list[str]:
+    """What a recipe sweeps: its list `study`, lines as they are typed after `ftrun -m`; [] where it is a single job."""
+    path = find_choice("recipe", recipe, config_dirs)
+    lines = read_choice(path)[0].get("study") or []
+    if not isinstance(lines, list) or not all(isinstance(line, str) and "=" in line for line in lines):
+        raise UserError(f"{path}: study: expected a list of KEY=VALUES, as [rank=4,8,16], found {lines!r}")
+    return lines
 
 
 def one_line(error: Exception) -> str:

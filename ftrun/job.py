@@ -6,9 +6,11 @@ Nothing here imports torch: a job is valid or refused before anything heavy is l
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
+import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -32,6 +34,10 @@ ROOMS = {
     "device": "ftrun.memory.device",
 }
 GROUPS = (*ROOMS, "recipe")  # a recipe chooses among the others
+# groups of a study (ftrun -m), not of its jobs
+STUDY_ROOMS = {"search": "ftrun.studies.search", "launcher": "ftrun.studies.launchers"}
+# where and how a run is watched is not what it computes
+_PLACES = ("name", "out", "resume", "refuse", "debug", "log", "save_every")
 _ROOT = Path(__file__).parent
 
 
@@ -119,6 +125,12 @@ class Job:
         """Each group's choice: {"method": "qlora", ...}."""
         return {group: getattr(self, group).choice for group in ROOMS}
 
+    @property
+    def key(self) -> str:
+        """16 hex digits that jobs share where they compute the same: the hash of the resolved tree less its places."""
+        tree = {k: v for k, v in self.tree.items() if k not in _PLACES}
+        return hashlib.sha256(json.dumps(tree, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
     def as_dict(self) -> dict[str, Any]:
         """What job.yaml holds: the groups' choices, then the resolved tree."""
         return {"choices": self.choices, **self.tree}
@@ -160,7 +172,7 @@ def make_job(
     the root that only a group's options read. Raises UserError on whatever is wrong, naming the key as typed.
     """
     names = names or {}
-    parts: dict[str, Any] = {group: _part(group, tree.get(group) or {}, choices[group], names) for group in ROOMS}
+    parts: dict[str, Any] = {group: make_part(group, tree.get(group) or {}, choices[group], names) for group in ROOMS}
     hints, fields = schema.field_types(Job), schema.fields_by_key(Job)
     known = fields.keys() - ROOMS.keys() - {"tree"}
     root = {k: v for k, v in tree.items() if k not in ROOMS and (k in known or k not in borrowed)}
@@ -173,7 +185,8 @@ def make_job(
     return job
 
 
-def _part(group: str, values: Mapping[str, Any], choice: str, names: Mapping[str, str]) -> Part:
+def make_part(group: str, values: Mapping[str, Any], choice: str, names: Mapping[str, str]) -> Part:
+    """A group's choice from its options. Raises UserError on whatever is wrong, naming the key as typed."""
     if not isinstance(values, Mapping):
         raise UserError(f"{group}: expected the options of a {group}, found {values!r}")
     kind = values.get("kind", "")
@@ -187,7 +200,7 @@ def find_variant(group: str, kind: str) -> tuple[str, Path]:
 
     Raises UserError on an unknown kind.
     """
-    room = ROOMS[group]
+    room = {**ROOMS, **STUDY_ROOMS}[group]
     folder = _ROOT.joinpath(*room.split(".")[1:])
     if not folder.is_dir():
         return room, folder.with_suffix(".py")

@@ -34,6 +34,7 @@ class Override:
     sign: str = ""  # "", "+" or "++"
     points: tuple[str, ...] = ()  # of a sweep: each value, as an override writes it
     glob: Any = None  # of a sweep over the choices that match a pattern
+    interval: Any = None  # of a sweep without points of its own: Hydra's IntervalSweep
 
 
 def quote(text: str) -> str:
@@ -179,7 +180,7 @@ def _read(argument: str, key: str, value: str, sign: str, multirun: bool) -> Ove
     if isinstance(one.value(), Glob):
         return Override(argument, key, None, sign, glob=one.value())
     if not one.is_discrete_sweep():
-        raise UserError(f"{argument}: an interval has no points of its own; name them, as {key}=1,2,3")
+        return Override(argument, key, None, sign, interval=one.value())
     return Override(argument, key, None, sign, tuple(one.sweep_string_iterator()))
 
 

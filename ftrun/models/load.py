@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from ftrun.models.packed import PackedWeight, check, packed_weights
 from ftrun.models.quant.base import Quantiser, Stored
 from ftrun.models.quantised import Cached, Damaged, Keeping
 from ftrun.models.tensors import TensorFile
+from ftrun.models.warm import Shelf
 
 Say = Callable[[str], None]
 
@@ -54,14 +55,28 @@ def prepare(model: PreTrainedModel, quantiser: Quantiser, base: Base | None = No
 
 
 def fill(
-    model: PreTrainedModel, base: Base, quantiser: Quantiser, device: torch.device | str, cache: Path, say: Say
+    model: PreTrainedModel,
+    base: Base,
+    quantiser: Quantiser,
+    device: torch.device | str,
+    cache: Path,
+    say: Say,
+    shelf: Shelf | None = None,
 ) -> None:
     """Fills the bare skeleton `model` (on meta) with the base's weights on `device`, quantised as `quantiser` says.
 
+    shelf: keeps the weights for later models, and gives those of an earlier one where they are the same.
     Parameters keep the skeleton's dtypes and need no gradient. Raises UserError, naming the tensors, where the files
     and the model do not belong together or a quantised base is not what the job asks for.
     """
-    Filling(model, base, quantiser, torch.device(device), say).run(cache)
+    if shelf is None:
+        Filling(model, base, quantiser, torch.device(device), say).run(cache, None)
+        return
+    key = (*_facts(model, base, quantiser).items(), str(torch.device(device)))
+    kept = shelf.of(key)
+    Filling(model, base, quantiser, torch.device(device), say).run(cache, kept)
+    if kept is None:
+        shelf.put(key, {name: _get(model, name) for name in _layout(model)})
 
 
 class Filling:
@@ -76,9 +91,16 @@ class Filling:
         self.where = {key: file for file in files for key in file.header}
         self.filled: set[str] = set()  # names in the bare twin
 
-    def run(self, cache: Path) -> None:
+    def run(self, cache: Path, kept: Mapping[str, torch.Tensor] | None) -> None:
         """The whole way, with messages on what is read and how long it took."""
         started = time.monotonic()
+        facts = _facts(self.model, self.base, self.quantiser)
+        if kept is not None:
+            prepare(self.model, self.quantiser, self.base)
+            for name in _layout(self.model):
+                self._take(name, kept[name])
+            self._finish(cached=True)
+            return
         packed, parts = packed_weights(self.where)
         if self.base.prequantised:
             check(packed, self.quantiser, self.base.name, self._read_plain)
@@ -87,19 +109,11 @@ class Filling:
             how = f"{self.quantiser.storage.scheme}, as the files have it" if names else "as it is"
             self._from_files(packed, parts, None)
         else:
-            how = self._through_cache(Cached(cache, self._facts()), names)
+            how = self._through_cache(Cached(cache, facts), names)
         self.say(f"{self.base.name}: {how} ({time.monotonic() - started:.1f} s)")
 
-    def _facts(self) -> dict[str, str]:
-        return {
-            "base": self.base.hash(),
-            "scheme": self.quantiser.scheme(),
-            "dtype": str(self.model.dtype),
-            "rows": str(self.base.rows),
-        }
-
     def _through_cache(self, cached: Cached, names: list[str]) -> str:
-        layout = self._layout()
+        layout = _layout(self.model)
         if cached.there:
             try:
                 cached.read(layout, self._take)
@@ -116,12 +130,6 @@ class Filling:
         if keep.failed:
             self.say(f"warning: the quantised base is not kept in {cached.folder.parent}: {keep.failed}")
         return f"quantised to {self.quantiser.storage.scheme}"
-
-    def _layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """What the cache holds: every parameter and buffer that is saved, a tied one once."""
-        tied = self.model.all_tied_weights_keys
-        state = self.model.state_dict()
-        return {name: (tuple(t.shape), t.dtype) for name, t in state.items() if name not in tied}
 
     def _from_files(self, packed: dict[str, PackedWeight], parts: set[str], keep: Keeping | None) -> None:
         entries, homeless = plan(self.bare, self.where.keys() - parts)
@@ -234,6 +242,17 @@ class Filling:
         return (
             f"{folder}: the weights lack {_listed(names)}, which config.json ({self.model.config.model_type}) asks for"
         )
+
+
+def _facts(model: PreTrainedModel, base: Base, quantiser: Quantiser) -> dict[str, str]:
+    """What models have in common whose filled weights are the same."""
+    return {"base": base.hash(), "scheme": quantiser.scheme(), "dtype": str(model.dtype), "rows": str(base.rows)}
+
+
+def _layout(model: PreTrainedModel) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Every parameter and buffer of a prepared model that is saved, a tied one once."""
+    tied = model.all_tied_weights_keys
+    return {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items() if name not in tied}
 
 
 def _packed_layers(model: PreTrainedModel, base: Base | None) -> set[str] | None:

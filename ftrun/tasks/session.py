@@ -23,7 +23,7 @@ from ftrun.evals.answer import answer
 from ftrun.evals.held_out import evaluate
 from ftrun.job import Job
 from ftrun.kernels import compiled
-from ftrun.memory.device import Device, resolve
+from ftrun.memory.device import Device
 from ftrun.memory.events import allocations, resident_bytes
 from ftrun.memory.host import few_arenas, keep_pages
 from ftrun.memory.measure import Meter
@@ -31,12 +31,10 @@ from ftrun.metrics import jsonl
 from ftrun.metrics.console import Console
 from ftrun.metrics.sink import Sink
 from ftrun.models.forward import attention
-from ftrun.planning.advice import Advisor, advise
-from ftrun.planning.keeping import FOLDER, keeping_notes, kept_before, settle_keeping
-from ftrun.planning.settle import notes, refusal, supply_of
-from ftrun.planning.twin import Twin
+from ftrun.planning.keeping import FOLDER
 from ftrun.runs import Run, read_json, write_json
 from ftrun.tasks.keep import Keeper
+from ftrun.tasks.shared import Shared, Watch
 from ftrun.train.interrupt import stop_requests
 from ftrun.train.kept import InMemory, KeptLoss, KeptRows, OnDisk
 from ftrun.train.loop import Progress, train
@@ -46,8 +44,11 @@ from ftrun.values import Batch, EvalRecord, StepRecord
 class Session:
     """A job at work. `prepare` touches no folder but the cache; `train` writes the run's."""
 
-    def __init__(self, job: Job, cache: Path, console: Console) -> None:
+    def __init__(
+        self, job: Job, cache: Path, console: Console, shared: Shared | None = None, watch: Watch | None = None
+    ) -> None:
         self.job, self.cache, self.console = job, cache, console
+        self.shared, self.watch = shared or Shared(), watch or Watch()
         self.progress = Progress()
         self.began = False  # whether a step was trained: what there is must then stay
         self.sinks: list[Sink] = [console]
@@ -65,28 +66,24 @@ class Session:
             few_arenas()
             if job.kernels == "fast" and (why := compiled.trouble()):
                 say(f"warning: kernels=fast: none could be compiled for this CPU ({why}); the models' own code runs")
-        self.parts = assemble.sketch(job, self.cache, say, whole=True)
-        self.corpus = assemble.rows(job, self.parts, self.cache, say)
+        self.parts = self.shared.sketch(job, self.cache, say)
+        self.corpus = self.shared.rows(job, self.parts, self.cache, say)
         for note in job.optim.typed().notes(self.device.type):
             say(note)
         tokenizer = self.parts.base.tokenizer()
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self.total = assemble.steps_of(job, self.corpus)
-        supply = supply_of(self.corpus, self.pad_id, self.total)
-        twin = Twin(job, self.parts, self.device)
-        self.settled = settle_keeping(job, twin, supply, self.device, "data", out, kept_before(out))
-        for note in (*notes(job, twin), *keeping_notes(job, self.settled, twin.below)):
+        prepared = self.shared.prepared(job, self.parts, self.corpus, self.device, self.pad_id, self.total, out)
+        self.settled = prepared.settled
+        for note in prepared.notes:
             say(note)
         if self.device.type == "cpu" and 2 * self.settled.plan.needed_bytes < self.device.free_bytes:
             keep_pages()
         if not self.settled.plan.fits and job.refuse:
-            advisor = Advisor(job, twin, self.settled, supply, self.device)
-            raise DoesNotFit(
-                f"{refusal(self.settled, self.device)}. {advise(advisor)}. refuse=false starts it as it is"
-            )
+            raise DoesNotFit(f"{prepared.refusal()}. refuse=false starts it as it is")
 
     def _device(self) -> Device:
-        device = resolve(self.job.device.typed())
+        device = self.shared.device(self.job)
         if not device.present:
             size = f"{device.total_bytes / 1e9:.0f} GB"
             raise UserError(f"device={self.job.device.choice}: {device.name} with {size} is not on this machine")
@@ -100,7 +97,9 @@ class Session:
         found = self.keeper.found(self.job.resume)
         self._start(run, found.progress.step if found else None)
         torch.manual_seed(self.job.seed)
-        assemble.furnish(self.job, self.parts, torch_device, self.cache, self.console.say, self.settled.recomputed)
+        assemble.furnish(
+            self.job, self.parts, torch_device, self.cache, self.console.say, self.settled.recomputed, self.shared.shelf
+        )
         self.work = assemble.work(self.job, self.parts, torch_device, self.total)
         if found is not None:
             self.progress = found.progress
@@ -112,7 +111,8 @@ class Session:
         self._equip()
         self._keep_prefix(run)
         self._evaluate_ends("before", run)
-        with stop_requests(self.console.say) as self.work.stop:
+        with stop_requests(self.console.say) as asked:
+            self.work.stop = lambda: asked() or self.watch.halts(self.progress.step)
             for record in train(self.work, self.progress):
                 self.began = True
                 self._record(record)
@@ -175,6 +175,7 @@ class Session:
             )
             work.evaluate = lambda step: _sound(evaluate(work.model, self._loss, held_out, step))
             work.evaluate_every, work.patience = options.every, options.patience
+            work.rungs = self.watch.rungs
             if options.keep_best:
                 work.save_best = lambda progress: self.keeper.save(work.optimiser, progress, "best")
 
@@ -295,6 +296,8 @@ class Session:
                 sink.step(record)
             else:
                 sink.evaluation(record)
+        if isinstance(record, EvalRecord):
+            self.watch.evaluated(record)
 
     def provenance(self) -> dict[str, Any]:
         """What an adapter belongs to: the base's hash, how it was stored, and the versions at work."""

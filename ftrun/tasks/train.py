@@ -16,6 +16,7 @@ from ftrun.runs import Run, cache_dir, check_run, differences, open_run, read_js
 
 if TYPE_CHECKING:
     from ftrun.tasks.session import Session
+    from ftrun.tasks.shared import Shared, Watch
 
 # what a disk or its owner refuses; other errors of the system are not the run folder's
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE)
@@ -23,19 +24,28 @@ _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, er
 
 def run(job: Job) -> int:
     """Train the job and leave its run folder; returns the exit code."""
+    carry_out(job, Console())
+    return 0
+
+
+def carry_out(job: Job, console: Console, shared: Shared | None = None, watch: Watch | None = None) -> None:
+    """Train the job and leave its run folder, the one that lies there gone on with; raises what went wrong.
+
+    shared: what earlier jobs of this process have made. watch: what a study wants of this one.
+    """
     out = Path(job.out) if job.out else Path("runs") / (job.name or default_name(job))
     _check_base(job)
     there = check_run(out, job.as_dict(), job.resume)
     if there is not None and finished(out, there, job):
-        return 0
-    cache, console = cache_dir(), Console()
+        return
+    cache = cache_dir()
     console.show(job.as_dict())
     from ftrun.tasks.session import Session
 
-    session = Session(job, cache, console)
+    session = Session(job, cache, console, shared, watch)
     session.prepare(out)
     if there is not None and finished(out, there, job, session.total):
-        return 0
+        return
     folder = open_run(out, job.as_dict(), job.resume)
     try:
         session.close(folder, session.train(folder))
@@ -47,7 +57,6 @@ def run(job: Job) -> int:
         raise told from error
     finally:
         folder.release()
-    return 0
 
 
 def default_name(job: Job) -> str:

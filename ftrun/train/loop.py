@@ -55,6 +55,7 @@ class Work:
     autocast: Callable[[], Any] = contextlib.nullcontext
     evaluate: Callable[[int], EvalRecord] | None = None
     evaluate_every: int | None = None
+    rungs: frozenset[int] = frozenset()  # steps after which to evaluate as well
     patience: int | None = None
     save: Callable[[Progress], str | None] | None = None  # tells what went wrong, if anything did
     save_best: Callable[[Progress], str | None] | None = None
@@ -80,7 +81,7 @@ def train(work: Work, progress: Progress) -> Iterator[StepRecord | EvalRecord]:
         yield record
         ended = progress.step >= work.total
         # the last step's evaluation belongs to whoever ends the run
-        if not ended and work.evaluate and work.evaluate_every and progress.step % work.evaluate_every == 0:
+        if not ended and work.evaluate and _evaluation_due(work, progress.step):
             yield _evaluate(work, progress)
             ended = _is_stale(work, progress)
         stop, trouble = work.stop(), None
@@ -180,6 +181,10 @@ def _evaluate(work: Work, progress: Progress) -> EvalRecord:
         if work.save_best and work.save_best(progress):
             progress.best_loss, progress.best_step = before  # what is kept is still the earlier one
     return EvalRecord(**{**record.__dict__, "best": best})
+
+
+def _evaluation_due(work: Work, step: int) -> bool:
+    return step in work.rungs or bool(work.evaluate_every and step % work.evaluate_every == 0)
 
 
 def _is_stale(work: Work, progress: Progress) -> bool:

@@ -1,0 +1,85 @@
+"""What a study wants to know of a job before it starts it: its peak, whether that fits, and how much work it is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ftrun import assemble
+from ftrun.job import Job
+from ftrun.memory.cost import Cost
+from ftrun.planning.settle import Supply, Worst, refusal, supply_at_hand, supply_of
+from ftrun.runs import cache_dir
+from ftrun.tasks.shared import Prepared, Shared, prepare
+
+# operations that count for one of another kind of work, as common processors and cards come near to: a float32 product's,
+# attention's, those of a byte that other operations move
+_FLOAT32, _ATTENTION, _BYTE = 8.0, 2.0, 100.0
+
+
+def outlook(job: Job, shared: Shared, whole: bool = True) -> dict[str, Any]:
+    """JSON-able values; bytes, and `work` in operations of 16-bit products (None: where the data's size is unknown).
+
+    whole: with the base's files and the data, as training has them; else with what is at hand, as `ftrun plan` does.
+    Raises UserError where the job cannot be one.
+    """
+    device = shared.device(job)
+    supply: Callable[[Job], Worst]
+    if whole:
+        parts = shared.sketch(job, cache_dir(), _nothing)
+        corpus = shared.rows(job, parts, cache_dir(), _nothing)
+        tokenizer = parts.base.tokenizer()
+        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        total = assemble.steps_of(job, corpus)
+        supply = supply_of(corpus, pad_id, total)
+        prepared = shared.prepared(job, parts, corpus, device, pad_id, total, Path(str(job.out)))
+    else:
+        parts = assemble.sketch(job, cache_dir(), _nothing)
+        supply, source = supply_at_hand(job, parts, cache_dir(), _nothing)
+        prepared = prepare(job, parts, supply, device, source, counts=True)
+    plan = prepared.settled.plan
+    return {
+        "fits": plan.fits,
+        "why": None if plan.fits else refusal(prepared.settled, device),
+        "needed_bytes": plan.needed_bytes,
+        "peak_bytes": plan.peak_bytes,
+        "trainable_params": plan.trainable_params,
+        "total_params": plan.total_params,
+        "micro_batch": prepared.settled.micro_batch,
+        "recomputed": prepared.settled.recomputed,
+        "base": f"{parts.base.name} {parts.quantiser.scheme()} {job.model.options.dtype}",
+        "process_bytes": _resident(),
+        "device": {"type": device.type, "name": device.name, "usable_bytes": device.usable_bytes},
+        **_run(job, prepared, supply),
+    }
+
+
+def _run(job: Job, prepared: Prepared, supply: Any) -> dict[str, Any]:
+    """The run's steps, tokens and work, in proportion to the tokens of the step that was planned."""
+    lengths = prepared.settled.plan.lengths
+    if isinstance(supply, Supply):
+        steps, mean = supply.total, float(supply.lengths.mean())
+    elif job.steps is not None:
+        steps, mean = job.steps, float(job.seq_len)
+    else:
+        return {"steps": None, "tokens": None, "work": None}
+    tokens = steps * job.batch * mean
+    cost = prepared.work or Cost()
+    counted = sum(b.tokens for b in prepared.settled.batches) or sum(lengths)
+    work = cost.products16 + _FLOAT32 * cost.products32 + _ATTENTION * cost.attention + _BYTE * cost.traffic
+    return {"steps": steps, "tokens": round(tokens), "work": work / counted * tokens}
+
+
+def _resident() -> int:
+    """Bytes that this process holds."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return 0
+
+
+def _nothing(text: str) -> None:
+    """Nobody is there to be told."""
