@@ -70,11 +70,25 @@ def _dispatch(given: list[str]) -> int:
     if {"--cfg", "--info"} & flags.valued.keys():
         return hydra_flags.hand_over(flags, verb_options(verb or "train", overrides)[1])
     if "--multirun" in flags.alone:
-        from ftrun.tasks.multirun import run_all
-
-        own = [word for word in overrides if word.partition("=")[0] in verb_options(verb or "train", ())[0]]
-        return run_all([verb or "train", *own], [w for w in overrides if w not in own], flags.config_dirs)
+        return _study(verb or "train", overrides, flags.config_dirs)
     return run_verb(verb or "train", overrides, flags.config_dirs)
+
+
+def _study(verb: str, overrides: Sequence[str], config_dirs: Sequence[Path]) -> int:
+    """-m: a study of jobs, its plan, or another verb on each of its points."""
+    own, rest = verb_options(verb, overrides)
+    if verb == "train":
+        from ftrun.studies import run
+
+        return run.run(rest, config_dirs)
+    if verb == "plan":
+        from ftrun.studies import run
+
+        return run.plan(rest, config_dirs, own["format"])
+    from ftrun.tasks.multirun import run_all
+
+    given = [word for word in overrides if word not in rest]
+    return run_all([verb, *given], rest, config_dirs)
 
 
 def _verb(words: list[str]) -> tuple[str | None, list[str]]:
@@ -89,10 +103,10 @@ def _verb(words: list[str]) -> tuple[str | None, list[str]]:
 
 def run_verb(verb: str, overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> int:
     """Compose the job and run the verb's task on it."""
-    from ftrun.compose import compose
+    from ftrun.compose import compose_alone
 
     own, overrides = verb_options(verb, overrides)
-    job = compose(overrides, config_dirs)
+    job = compose_alone(overrides, config_dirs)
     job.check()
     return int(importlib.import_module(VERBS[verb]).run(job, **own))
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ftrun.errors import UserError, nearest
-from ftrun.groups import choices_of, compose_groups, conf_dir, keys_of, leaves, one_line, owners
-from ftrun.job import GROUPS, ROOMS, Job, make_job
+from ftrun.groups import choices_of, compose_groups, conf_dir, keys_of, leaves, one_line, owners, study_of
+from ftrun.job import GROUPS, ROOMS, STUDY_KEYS, STUDY_ROOMS, Job, make_job
 from ftrun.replay import JobFile, read_job_file
 from ftrun.shell import Override, escape, parse
 
-__all__ = ["Composed", "changed", "choices_of", "compose", "composed", "conf_dir", "sweep", "swept"]
+__all__ = ["Composed", "changed", "choices_of", "compose", "compose_alone", "composed", "conf_dir", "sweep", "swept"]
 
 # one of two says how long a run is: whoever names the one lets go of the other that a file or a recipe has set
 _EXCLUSIVE = {"steps": "epochs", "epochs": "steps"}
@@ -37,6 +37,15 @@ class Composed:
 def compose(arguments: Sequence[str], config_dirs: Sequence[Path] = ()) -> Job:
     """The job of a command line without its verb. Raises UserError on every mistake, before anything heavy loads."""
     return composed(arguments, config_dirs).job()
+
+
+def compose_alone(arguments: Sequence[str], config_dirs: Sequence[Path] = ()) -> Job:
+    """The one job of a command line without -m. Raises UserError where its recipe is a study, too."""
+    job = compose(arguments, config_dirs)
+    recipe = next((o.value for o in parse(arguments, multirun=False) if o.key == "recipe"), None)
+    if recipe not in (None, "null") and study_of(str(recipe), config_dirs):
+        raise UserError(f"recipe={recipe} is a study of several jobs: ftrun -m recipe={recipe}")
+    return job
 
 
 def changed(job: Job, arguments: Sequence[str], config_dirs: Sequence[Path] = ()) -> Job:
@@ -194,6 +203,8 @@ def _not_taken(key: str, known: set[str], choices: Mapping[str, str], config_dir
         group, names = found
         listed = ", ".join(f"{group}={name}" for name in names[:8]) + (", …" if len(names) > 8 else "")
         return f"{key}: {group}={choices[group]} has no such option. It belongs to {listed}"
+    if key.partition(".")[0] in (*STUDY_ROOMS, *STUDY_KEYS):
+        return f"{key} belongs to a study of several jobs: ftrun -m {key}=…"
     last = key.rpartition(".")[2]
     same = sorted(path for path in known if path.rpartition(".")[2] == last)
     near = same[0] if same else nearest(key, sorted(known | set(GROUPS)))

@@ -12,13 +12,13 @@ from typing import Any
 
 from ftrun import schema
 from ftrun.groups import choices_of
-from ftrun.job import GROUPS, ROOMS, Job, find_variant
+from ftrun.job import GROUPS, ROOMS, STUDY_ROOMS, Job, find_variant
 
 _WIDTH = 80
 _KEY = 26
 _FLAGS = (
     ("--help, --version", "this text, or a verb's own; the version"),
-    ("-m, --multirun", "every combination of the values a,b,c given, one after the other"),
+    ("-m, --multirun", "a study: every combination of the values a,b,c, or what search= asks for; ftrun plan -m tells"),
     ("--cfg job", "the composed job as YAML; --resolve fills references in, --package method shows one part"),
     ("--info [WHAT]", "Hydra's view of the composition: defaults, defaults-tree, searchpath, …"),
     ("--config-dir DIR", "more choices of groups, from a folder of your own"),
@@ -28,7 +28,7 @@ _EXAMPLES = (
     ("ftrun method=qlora rank=16", "the main job: SmolLM2-135M, 4-bit, on conversations"),
     ("ftrun data=jsonl data.path=my.jsonl model.path=DIR", "your data, your model"),
     ("ftrun method=dora rank=8 layers=last:8 targets=attention", "a part of the model"),
-    ("ftrun -m method=lora,dora rank=4,8,16", "six runs"),
+    ("ftrun -m method=lora,dora rank=4,8,16", "a study of six jobs, with a table and a page"),
     ("ftrun job=runs/NAME/job.yaml lr=1e-4", "a job again, with another rate"),
 )
 _MEANT = {
@@ -40,7 +40,9 @@ _MEANT = {
     "eval": "what is measured before, during and after",
     "log": "where the records go, beside the run's folder",
     "device": "what it runs on, or is planned for",
-    "recipe": "a named job of recipes/, on top of the defaults",
+    "recipe": "a named job or study of recipes/, on top of the defaults",
+    "search": "which points are tried",
+    "launcher": "where the jobs run",
 }
 
 
@@ -71,6 +73,7 @@ def _command(verbs: Mapping[str, Path], config_dirs: Sequence[Path]) -> list[str
         *_section("Verbs", [(name, _summary(path)) for name, path in verbs.items()]),
         "  Each has a help of its own, with every option: ftrun VERB --help",
         *_section("Groups", [(f"{g}=", _group(g, config_dirs)) for g in GROUPS]),
+        *_section("Groups of a study (ftrun -m)", [(f"{g}=", _group(g, config_dirs)) for g in STUDY_ROOMS]),
         *_section("Keys", [(f"{one.key}={one.default}", one.doc) for one in keys]),
         *_section("", [("job=FILE", "start from a job.yaml: its choices, its values, then this line's")]),
         *_section("Flags", _FLAGS),

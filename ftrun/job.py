@@ -36,6 +36,8 @@ ROOMS = {
 GROUPS = (*ROOMS, "recipe")  # a recipe chooses among the others
 # groups of a study (ftrun -m), not of its jobs
 STUDY_ROOMS = {"search": "ftrun.studies.search", "launcher": "ftrun.studies.launchers"}
+# keys of a study that stand for an option of its search
+STUDY_KEYS = {"budget": "search.budget", "trials": "search.trials"}
 # where and how a run is watched is not what it computes
 _PLACES = ("name", "out", "resume", "refuse", "debug", "log", "save_every")
 _ROOT = Path(__file__).parent

@@ -11,7 +11,7 @@ import yaml
 
 from ftrun import schema
 from ftrun.groups import choices_of, conf_dir, find_choice, read_choice
-from ftrun.job import ROOMS, find_variant
+from ftrun.job import ROOMS, STUDY_ROOMS, find_variant
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ftrun"
@@ -19,7 +19,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # the first entry that a module's name starts with is its room; floor 1's rooms do not know one another
 FLOORS = {
     **dict.fromkeys(("cli", "help", "completion", "hydra_flags", "__main__"), 4),
-    "tasks": 3,
+    **dict.fromkeys(("tasks", "studies"), 3),
     **dict.fromkeys(("assemble", "planning", "train"), 2),
     **dict.fromkeys(("models", "methods", "memory", "data", "optim", "metrics", "evals", "report"), 1),
     **dict.fromkeys(("errors", "schema", "values", "selection", "job", "shell", "groups", "replay", "compose"), 0),
@@ -57,6 +57,8 @@ def test_imports_point_downward(path: Path) -> None:
     assert own in FLOORS, f"{own}: on which floor?"
     for line, module in imported(path):
         other = room(module)
+        # a study starts worker processes; what a job is made of it never imports
+        assert own != "studies" or other != "tasks", f"{path}:{line} imports {module}"
         place = f"{path.relative_to(ROOT)}:{line} imports {module}"
         assert other in FLOORS, place
         assert FLOORS[other] <= FLOORS[own], f"{place}: upward"
@@ -88,6 +90,16 @@ def test_no_room_for_what_belongs_nowhere() -> None:
 
 
 CHOICES = [(group, name) for group in ROOMS for name in choices_of(group)]
+STUDY_CHOICES = [(group, name) for group in STUDY_ROOMS for name in choices_of(group)]
+
+
+@pytest.mark.parametrize(("group", "name"), STUDY_CHOICES, ids=[f"{g}={n}" for g, n in STUDY_CHOICES])
+def test_a_choice_of_a_study_lists_its_options_and_says_its_command(group: str, name: str) -> None:
+    path = find_choice(group, name)
+    tree, _ = read_choice(path)
+    assert set(tree) - {"kind"} == set(schema.fields_by_key(schema.read_options(find_variant(group, tree["kind"])[1])))
+    head = path.read_text(encoding="utf-8").splitlines()[:3]
+    assert any(line.startswith("# ftrun -m ") and f"{group}={name}" in line for line in head), head
 
 
 @pytest.mark.parametrize(("group", "name"), CHOICES, ids=[f"{g}={n}" for g, n in CHOICES])
@@ -117,9 +129,9 @@ def test_a_recipe_says_its_command_and_holds_overrides_only(name: str) -> None:
     assert all(str(k).startswith("override /") for entry in tree.get("defaults", []) for k in entry)
 
 
-@pytest.mark.parametrize("group", [g for g, room in ROOMS.items() if (ROOT / room.replace(".", "/")).is_dir()])
+@pytest.mark.parametrize("group", [g for g, room in {**ROOMS, **STUDY_ROOMS}.items() if (ROOT / room.replace(".", "/")).is_dir()])
 def test_a_variant_is_one_file_with_a_yaml(group: str) -> None:
-    folder = ROOT / ROOMS[group].replace(".", "/")
+    folder = ROOT / {**ROOMS, **STUDY_ROOMS}[group].replace(".", "/")
     variants = {p.stem for p in folder.glob("*.py") if "\nclass Options" in p.read_text(encoding="utf-8")}
     kinds = set()
     for name in choices_of(group):
@@ -130,6 +142,6 @@ def test_a_variant_is_one_file_with_a_yaml(group: str) -> None:
 
 
 def test_conf_holds_groups_and_nothing_else() -> None:
-    assert {p.name for p in conf_dir().iterdir()} == {"config.yaml", *ROOMS}
+    assert {p.name for p in conf_dir().iterdir()} == {"config.yaml", *ROOMS, *STUDY_ROOMS}
     tree = yaml.safe_load((conf_dir() / "config.yaml").read_text(encoding="utf-8"))
     assert {next(iter(entry)) for entry in tree["defaults"] if isinstance(entry, dict)} == {*ROOMS, "recipe"}
