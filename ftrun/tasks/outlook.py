@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ftrun import assemble
 from ftrun.job import Job
 from ftrun.memory.cost import Cost
+from ftrun.memory.device import Device
 from ftrun.planning.settle import Supply, Worst, refusal, supply_at_hand, supply_of
 from ftrun.runs import cache_dir
 from ftrun.tasks.shared import Prepared, Shared, prepare
@@ -17,6 +22,8 @@ from ftrun.tasks.shared import Prepared, Shared, prepare
 # operations that count for one of another kind of work, as common processors and cards come near to: a float32 product's,
 # attention's, those of a byte that other operations move
 _FLOAT32, _ATTENTION, _BYTE = 8.0, 2.0, 100.0
+_SIDE, _ROUNDS = 1024, 5  # of the product that is timed
+_TYPICAL = 150.0  # TFLOPS of a card of which nothing is known
 
 
 def outlook(job: Job, shared: Shared, whole: bool = True) -> dict[str, Any]:
@@ -51,7 +58,7 @@ def outlook(job: Job, shared: Shared, whole: bool = True) -> dict[str, Any]:
         "recomputed": prepared.settled.recomputed,
         "base": f"{parts.base.name} {parts.quantiser.scheme()} {job.model.options.dtype}",
         "process_bytes": _resident(),
-        "device": {"type": device.type, "name": device.name, "usable_bytes": device.usable_bytes},
+        "device": {"type": device.type, "name": device.name, "usable_bytes": device.usable_bytes, "rate": _rate(job, device)},
         **_run(job, prepared, supply),
     }
 
@@ -70,6 +77,24 @@ def _run(job: Job, prepared: Prepared, supply: Any) -> dict[str, Any]:
     counted = sum(b.tokens for b in prepared.settled.batches) or sum(lengths)
     work = cost.products16 + _FLOAT32 * cost.products32 + _ATTENTION * cost.attention + _BYTE * cost.traffic
     return {"steps": steps, "tokens": round(tokens), "work": work / counted * tokens}
+
+
+def _rate(job: Job, device: Device) -> float:
+    """The device's products in operations a second: measured in a moment, or as the maker of an absent one says."""
+    if not device.present:
+        return 1e12 * float(job.device.options.tflops or _TYPICAL)
+    return _measured(device.type, device.bf16)
+
+
+@functools.cache
+def _measured(kind: str, bf16: bool) -> float:
+    factor = torch.ones(_SIDE, _SIDE, device=kind, dtype=torch.bfloat16 if bf16 else torch.float32)
+    seconds = []
+    for _ in range(_ROUNDS):
+        started = time.perf_counter()
+        float((factor @ factor)[0, 0])  # waits for the result
+        seconds.append(time.perf_counter() - started)
+    return 2 * _SIDE**3 / min(seconds)
 
 
 def _resident() -> int:

@@ -21,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from ftrun.runs import cache_dir
-from scripts.bench import figures, machine, pairs, sides, words
+from scripts.bench import figures, machine, pairs, sides, studies, words
 from scripts.bench.cases import CASES, USUAL, Case
 from scripts.bench.watch import Failed
 
@@ -37,7 +37,10 @@ def main() -> int:
         cache = sides.own_cache(Path(made), cache_dir())
         for name in names:
             try:
-                found["cases"][name] = run(CASES[name], asked, Path(made) / name, cache, broken_down)
+                if name == studies.NAME:
+                    found[name] = _study(asked, Path(made) / name, cache)
+                else:
+                    found["cases"][name] = run(CASES[name], asked, Path(made) / name, cache, broken_down)
             except Failed as error:  # the others are still worth knowing
                 print(f"{name}: FAILED: {error}", flush=True)
                 failed.append(name)
@@ -68,9 +71,15 @@ def run(case: Case, asked: pairs.Asked, folder: Path, cache: Path, broken_down: 
     return found
 
 
+def _study(asked: pairs.Asked, folder: Path, cache: Path) -> dict[str, Any]:
+    print(f"\n{studies.NAME}: a study against separate calls", flush=True)
+    more = [*asked.set, *([f"model.path={asked.model}"] if asked.model else [])]
+    return studies.run(studies.STEPS, folder, cache, more, _say)
+
+
 def _asked() -> tuple[pairs.Asked, list[str], Path | None, bool]:
     parser = argparse.ArgumentParser(prog="scripts/bench", description=str(__doc__).splitlines()[0])
-    parser.add_argument("--cases", nargs="+", default=list(USUAL), choices=list(CASES), metavar="NAME", help=_names())
+    parser.add_argument("--cases", nargs="+", default=[*USUAL, studies.NAME], choices=[*CASES, studies.NAME], metavar="NAME", help=_names())
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12, help="of each run; the first two do not count (default 12)")
     parser.add_argument("--held-out", type=int, default=64, help="rows that no side trains on (default 64)")
@@ -88,7 +97,7 @@ def _asked() -> tuple[pairs.Asked, list[str], Path | None, bool]:
 
 
 def _names() -> str:
-    return "of " + ", ".join(f"{n}{'' if n in USUAL else ' (not by default)'}" for n in CASES)
+    return "of " + ", ".join(f"{n}{'' if n in USUAL else ' (not by default)'}" for n in CASES) + f", {studies.NAME}"
 
 
 def _say(text: str) -> None:

@@ -1,0 +1,68 @@
+"""What a study costs beside its training: short trials in one, against as many separate calls of the command.
+
+The bound: the study's wall time over the trials' own training time and one start-up. A trial's training time is that of
+its steps alone (result.json), a start-up what one separate call takes beside its steps.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from scripts.bench import sides
+from scripts.bench.watch import Failed
+
+NAME = "study"
+STEPS = 30  # of each trial
+AXES = ("rank=4,8,16,32", "lr=1e-4,2e-4")
+_POINTS = tuple((r, l) for r in ("rank=4", "rank=8", "rank=16", "rank=32") for l in ("lr=1e-4", "lr=2e-4"))  # noqa: E741
+
+
+def run(steps: int, folder: Path, cache: Path, more: Sequence[str], say: Callable[[str], None]) -> dict[str, Any]:
+    """One study and its eight jobs alone, each of so many steps; the figures. more: further overrides."""
+    job = ["method=lora", f"steps={steps}", "eval=none", "log=none", *more]
+    _timed(["steps=1", *job[:1], *job[2:], f"out={folder / 'warm'}"], cache)  # caches are warm for both
+    wall = _timed(["-m", *AXES, *job, f"out={folder / 'study'}"], cache)
+    inside = [_seconds(run) for run in sorted((folder / "study" / "runs").iterdir())]
+    apart, alone = [], []
+    for number, point in enumerate(_POINTS):
+        out = folder / f"alone-{number}"
+        apart.append(_timed([*point, *job, f"out={out}"], cache))
+        alone.append(_seconds(out))
+    start_up = statistics.median(w - t for w, t in zip(apart, alone, strict=True))
+    made = {
+        "trials": len(inside),
+        "steps": steps,
+        "study_seconds": wall,
+        "training_seconds": sum(inside),
+        "start_up_seconds": start_up,
+        "overhead": wall / (sum(inside) + start_up),
+        "separate_seconds": sum(apart),
+        "against_separate": sum(apart) / wall,
+    }
+    say(
+        f"  {len(inside)} trials of {steps} steps: {wall:.1f} s; their training {sum(inside):.1f} s and one start-up "
+        f"{start_up:.1f} s: × {made['overhead']:.3f}. As {len(apart)} separate calls {sum(apart):.1f} s: "
+        f"× {made['against_separate']:.2f}"
+    )
+    return made
+
+
+def _timed(words: Sequence[str], cache: Path) -> float:
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "ftrun", *words], env=sides.environment(cache), capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise Failed(f"ftrun {' '.join(words)}: {(done.stderr or done.stdout).strip()[-800:]}")
+    return time.perf_counter() - started
+
+
+def _seconds(run: Path) -> float:
+    return float(json.loads((run / "result.json").read_text(encoding="utf-8"))["seconds"])
