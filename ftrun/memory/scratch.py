@@ -19,17 +19,16 @@ from ftrun.kernels import compiled
 from ftrun.memory.events import allocations
 from ftrun.runs import cache_dir
 
-_MOST_BYTES, _MOST_WORK = (
-    1 << 28,
-    10**11,
-)  # of operands, and operations: what is not worth measuring takes the usual room
+# what is too large to measure takes the usual room: bytes of the factors (never written) and of the result, operations
+_FACTORS, _RESULT, _WORK = 1 << 32, 1 << 28, 10**12
 _USUAL = 1_200_000  # bytes beside the sums: what products that sum over much were seen to pack
 
 
 def of_product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> int:
     """Bytes of the room of left (m, k) times right (k, n), bfloat16, as they lie; fake tensors or others."""
     (rows, depth), columns = left.shape, right.shape[1]
-    if 2 * (rows * depth + depth * columns + rows * columns) > _MOST_BYTES or rows * depth * columns > _MOST_WORK:
+    sizes = 2 * (rows * depth + depth * columns), 2 * rows * columns, rows * depth * columns
+    if any(size > most for size, most in zip(sizes, (_FACTORS, _RESULT, _WORK), strict=True)):
         return 4 * rows * columns + _USUAL
     return _of(rows, depth, columns, *_lying(left), *_lying(right), *_lying(out), torch.get_num_threads())
 
