@@ -25,28 +25,30 @@ def render(
         table.add_column(name)
     for name in ("needs", "weights that train", "rows at once", "recomputed", "time"):
         table.add_column(name, justify="right")
-    table.add_column("")
     for row in rows:
-        known = row.get("needed_bytes") is not None
-        figures = (
-            [
-                f"{row['needed_bytes'] / 1e9:.2f} GB",
-                f"{row['trainable_params']:,}",
-                str(row["micro_batch"]),
-                str(row["recomputed"]),
-                words(row["seconds"]) if row["seconds"] else "",
-            ]
-            if known
-            else [""] * 5
-        )
         cells = [str(row["values"].get(key, "")) for key in keys]
-        trouble = "" if row["fits"] else f"does not fit: {row['why']}" if known else str(row["why"])
-        table.add_row(str(row["number"]), *cells, *figures, trouble.splitlines()[0][:120] if trouble else "")
+        table.add_row(str(row["number"]), *cells, *_figures(row, words))
     if rows:
         console.print(table)
-    jobs = f"{summary['jobs']} jobs" if summary["jobs"] != summary["points"] else ""
-    counted = f"{summary['fit']} of {summary['points']} points fit" + (f" ({jobs})" if jobs else "")
+    for row in rows:
+        if not row["fits"]:
+            kind = "" if row.get("needed_bytes") is None else "does not fit: "
+            console.print(f"{row['number']:>2}  {kind}{row['why']}", markup=False)
+    jobs = f" ({summary['jobs']} different jobs)" if summary["jobs"] < summary["fit"] else ""
+    counted = f"{summary['fit']} of {summary['points']} points fit{jobs}" if rows else "the search decides as it goes"
     console.print(
-        f"{counted if rows else 'the search decides as it goes'}; at most {summary['needed_bytes'] / 1e9:.2f} GB for "
-        f"one, {summary['at_once']} at once; about {words(summary['seconds'])} in all ({summary['times_from']})"
+        f"{counted}; at most {summary['needed_bytes'] / 1e9:.2f} GB for one, {summary['at_once']} at once; about "
+        f"{words(summary['seconds'])} in all ({summary['times_from']})"
     )
+
+
+def _figures(row: Mapping[str, Any], words: Callable[[float | None], str]) -> list[str]:
+    if row.get("needed_bytes") is None:
+        return [""] * 5
+    return [
+        f"{row['needed_bytes'] / 1e9:.2f} GB",
+        f"{row['trainable_params']:,}",
+        str(row["micro_batch"]),
+        str(row["recomputed"]),
+        words(row["seconds"]) if row["seconds"] else "",
+    ]
