@@ -1,0 +1,200 @@
+"""`ftrun -m …` and `ftrun plan -m …`: a study from its command line to its table and page."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ftrun.errors import DoesNotFit, Interrupted, RunFailed, UserError
+from ftrun.lock import Lock
+from ftrun.runs import aside, tidy
+from ftrun.studies.driver import Driver
+from ftrun.studies.launching import Launcher
+from ftrun.studies.ledger import Ledger
+from ftrun.studies.points import Point, Points
+from ftrun.studies.rows import rows_of
+from ftrun.studies.searching import Search
+from ftrun.studies.study import Study, read_study, record
+
+Say = Callable[[str], None]
+_LISTED = 5  # points that are no jobs, told one by one
+
+
+def run(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> int:
+    """Run the study, or go on with it; 0 where it came to its end with at least one point done."""
+    study = read_study(overrides, config_dirs)
+    search = _search(study)
+    _check(study, search)
+    with _at_work(study, search, _say) as driver:
+        driver.plan()
+        for line in _outlook(driver):
+            _say(line)
+        try:
+            driver.run()
+        except KeyboardInterrupt as stop:
+            rows = _report(driver)
+            done = sum(r["status"] == "finished" for r in rows)
+            raise Interrupted(f"interrupted: {done} of {len(rows)} done; the same command goes on") from stop
+        rows = _report(driver)
+        return _show(driver, rows)
+
+
+def plan(overrides: Sequence[str], config_dirs: Sequence[Path] = (), format: str = "text") -> int:
+    """What the study would take: each point's peak and time, and all of them together. Writes nothing but the cache."""
+    import tempfile
+
+    study = read_study(overrides, config_dirs)
+    search = _search(study)
+    _check(study, search)
+    with tempfile.TemporaryDirectory(prefix="ftrun-plan-") as nowhere:
+        # its device is what the launcher's first plan finds here
+        launcher = study.launcher.load().Launcher(study.launcher.typed(), Path(nowhere))
+        ledger = Ledger(Path(nowhere) / "ledger.jsonl")
+        driver = Driver(study, search, launcher, ledger, lambda text: print(text, file=sys.stderr))
+        try:
+            driver.plan(whole=False)
+        finally:
+            launcher.close()
+            ledger.close()
+    rows = [_planned(driver, number, values) for number, values in enumerate(search.points(), start=1)]
+    keys = {row["key"] for row in rows if row["fits"]}
+    total = driver.pace.total([driver.plans[key] for key in keys], launcher.width)
+    peak = max((row["needed_bytes"] for row in rows if row["fits"]), default=0)
+    summary = {"points": len(rows), "jobs": len(keys), "fit": sum(bool(r["fits"]) for r in rows), "seconds": total}
+    summary |= {"needed_bytes": peak, "at_once": launcher.width, "times_from": driver.pace.source}
+    if format == "json":
+        print(json.dumps({**summary, "rows": rows}, ensure_ascii=False))
+    else:
+        from ftrun.report.study_plan import render
+
+        render(summary, rows, driver.pace.words)
+    return 0 if keys or not rows else DoesNotFit.exit_code
+
+
+def _search(study: Study) -> Search:
+    made: Search = study.search.load().Search(study.search.typed(), study.axes, study.fixed)
+    return made
+
+
+def _check(study: Study, search: Search) -> None:
+    """UserError where no point is a job: the mistake is then in what all of them share."""
+    points = Points(study)
+    values = search.points() or [{}]
+    troubles = []
+    for one in values:
+        point = points.make(one)
+        if point.trouble is None:
+            return
+        troubles.append(point.trouble)
+    if search.points() or not study.axes:
+        raise UserError(troubles[0] + (f" [so are all {len(values)} points]" if len(values) > 1 else ""))
+
+
+@contextlib.contextmanager
+def _at_work(study: Study, search: Search, say: Say) -> Iterator[Driver]:
+    """The study's folder held, its record open, its launcher up; all of it closed again."""
+    try:
+        study.folder.mkdir(parents=True, exist_ok=True)
+        held = Lock(study.folder)
+    except OSError as error:
+        raise UserError(f"out={study.folder}: the folder cannot be used: {error.strerror}; name another") from error
+    with contextlib.ExitStack() as stack:
+        stack.callback(held.release)
+        tidy(study.folder)
+        record(study)
+        ledger = Ledger(study.folder / "ledger.jsonl", say)
+        stack.callback(ledger.close)
+        launcher: Launcher = study.launcher.load().Launcher(study.launcher.typed(), study.folder)
+        stack.callback(launcher.close)
+        yield Driver(study, search, launcher, ledger, say)
+
+
+def _outlook(driver: Driver) -> Iterator[str]:
+    """What is about to happen, and how long it takes."""
+    points = [driver.points.make(values) for values in driver.search.points()]
+    invalid = [p for p in points if p.job is None]
+    jobs = {p.key: p for p in points if p.job is not None}
+    done = [key for key in jobs if driver.is_done(key)]
+    left = {key: driver.plans[key] for key in jobs if key in driver.plans and key not in done}
+    unfit = {key for key, found in left.items() if not found.get("fits")}
+    words = [f"{len(points)} points" if points else "points as the search asks for them"]
+    words += [f"{len(jobs)} different jobs"] if len(jobs) < len(points) - len(invalid) else []
+    words += [f"{len(done)} done before"] if done else []
+    words += [f"{len(invalid)} invalid"] if invalid else []
+    words += [f"{len(unfit)} that do not fit"] if unfit else []
+    yield f"study   {driver.study.folder}: {', '.join(words)}"
+    for point in invalid[:_LISTED]:
+        yield f"        {_typed(point)}: {point.trouble}"
+    for key in list(unfit)[:_LISTED]:
+        found = left[key]
+        yield f"        {_typed(jobs[key])}: {found.get('why') or (found.get('trouble') or ('', ''))[1]}"
+    fits = [found for key, found in left.items() if key not in unfit]
+    if fits:
+        peak, width = max(f["needed_bytes"] for f in fits), driver.launcher.width
+        seconds = driver.pace.total(fits, width)
+        often = "one at a time" if width == 1 else f"up to {width} side by side as their peaks fit together"
+        yield (
+            f"plan    {len(fits)} to run, {often}; about {driver.pace.words(seconds)} ({driver.pace.source}); "
+            f"{peak / 1e9:.2f} GB at most for one"
+        )
+
+
+def _planned(driver: Driver, number: int, values: Mapping[str, str]) -> dict[str, Any]:
+    """A point as `ftrun plan -m` shows it."""
+    point = driver.points.make(values)
+    found = driver.plans.get(point.key, {})
+    trouble = point.trouble or (found.get("trouble") or (None, None))[1]
+    names = ("needed_bytes", "peak_bytes", "trainable_params", "micro_batch", "recomputed", "steps", "tokens")
+    return {
+        "number": number,
+        "values": dict(values),
+        "key": point.key,
+        "fits": bool(found.get("fits")) and trouble is None,
+        "why": trouble or found.get("why"),
+        **{name: found.get(name) for name in names},
+        "seconds": driver.pace.seconds(found),
+    }
+
+
+def _report(driver: Driver) -> list[dict[str, Any]]:
+    """table.csv and report.html, from what is on record."""
+    from ftrun.report.study_page import page
+    from ftrun.report.study_table import write_csv
+
+    folder = driver.study.folder
+    rows = rows_of(driver.ledger.events, folder)
+    sentences = driver.search.sentences(rows)
+    write_csv(folder / "table.csv", rows)
+    with aside(folder / "report.html") as beside:
+        beside.write_text(page(driver.study.name, rows, sentences), encoding="utf-8")
+    return rows
+
+
+def _show(driver: Driver, rows: Sequence[Mapping[str, Any]]) -> int:
+    """The table on the terminal, and the exit code."""
+    from rich.console import Console
+
+    from ftrun.report.study_summary import summary
+    from ftrun.report.study_table import render
+
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    render(rows, console)
+    for line in (*summary(rows), *driver.search.sentences(rows)):
+        _say(line)
+    _say(f"{driver.study.folder / 'report.html'}, {driver.study.folder / 'table.csv'}")
+    wanted = [row for row in rows if row["status"] != "same"]
+    if any(row["status"] in ("finished", "pruned") for row in wanted) or not wanted:
+        return 0
+    return DoesNotFit.exit_code if all(r["status"] == "does_not_fit" for r in wanted) else RunFailed.exit_code
+
+
+def _typed(point: Point) -> str:
+    return " ".join(f"{key}={value}" for key, value in point.values.items())
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)

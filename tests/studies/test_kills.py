@@ -1,0 +1,97 @@
+"""Studies that are killed, stopped, robbed of a worker: they go on, and no process outlives them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from tests.studies.small import alive, descendants, events, ftrun, kill_all, started, typed, wait_for
+from tests.studies.test_run import ends, table
+
+_STABLE = ("rank", "layers", "status", "loss", "perplexity", "peak_bytes", "trainable_params", "steps")
+
+
+def _begun(folder: Path, count: int) -> bool:
+    return sum(e["event"] == "begin" for e in events(folder)) >= count
+
+
+def test_killed_three_times_a_study_ends_as_if_it_never_was(tmp_path: Path) -> None:
+    axes = ("rank=2,4,8", "layers=all,first:1", "steps=4")
+    whole = ftrun(typed(tmp_path, *axes, f"out={tmp_path / 'whole'}"))
+    assert whole.returncode == 0, whole.stderr
+    command = typed(tmp_path, *axes, f"out={tmp_path / 'killed'}")
+    study = tmp_path / "killed"
+    for kill in range(3):
+        process = started(command, tmp_path / "log")
+        wait_for(lambda: _begun(study, kill + 1 + len(ends(study)) * 0) and len(ends(study)) >= kill)  # noqa: B023
+        children = kill_all(process)
+        assert children, "there was a worker"
+        wait_for(lambda: not any(alive(p) for p in children), 30)  # noqa: B023
+    done = ftrun(command)
+    assert done.returncode == 0, done.stderr
+    finished = [e["key"] for e in ends(study) if e["status"] == "finished"]
+    assert len(finished) == len(set(finished)) == 6
+    mine, theirs = ([{k: r[k] for k in _STABLE if k in r} for r in table(p)] for p in (study, tmp_path / "whole"))
+    assert mine == theirs
+
+
+def test_a_lost_worker_is_a_row_and_the_rest_goes_on(tmp_path: Path) -> None:
+    study = tmp_path / "study"
+    process = started(typed(tmp_path, "rank=2,4,8", "steps=6"), tmp_path / "log")
+    wait_for(lambda: _begun(study, 1))
+    (worker,) = [p for p in descendants(process.pid) if "tasks.worker" in _command(p)]
+    os.kill(worker, signal.SIGKILL)
+    assert process.wait(240) == 0, (tmp_path / "log").read_text()
+    rows = table(study)
+    lost = [r for r in rows if r["status"] == "failed"]
+    assert len(lost) == 1
+    assert "SIGKILL" in lost[0]["reason"]
+    assert sum(r["status"] == "finished" for r in rows) == 2
+    assert "2 of 3" in (tmp_path / "log").read_text()
+    again = ftrun(typed(tmp_path, "rank=2,4,8", "steps=6"))  # what was lost is tried again
+    assert again.returncode == 0, again.stderr
+    assert [r["status"] for r in table(study)] == ["finished"] * 3
+
+
+def test_an_interrupt_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    study = tmp_path / "study"
+    command = typed(tmp_path, "rank=2,4", "steps=400")
+    process = started(command, tmp_path / "log")
+    wait_for(lambda: list(study.glob("runs/*/metrics.jsonl")) and _steps(study) >= 5)
+    children = descendants(process.pid)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(120) == 130
+    assert "the same command goes on" in (tmp_path / "log").read_text()
+    time.sleep(0.5)
+    assert not any(alive(p) for p in children)
+    (run,) = (study / "runs").iterdir()
+    assert list((run / "checkpoints").glob("step-*"))
+
+
+def test_two_jobs_side_by_side_where_both_fit(tmp_path: Path) -> None:
+    done = ftrun(typed(tmp_path, "rank=2,4", "steps=40", "launcher.workers=2"))
+    assert done.returncode == 0, done.stderr
+    kinds = [e["event"] for e in events(tmp_path / "study") if e["event"] in ("begin", "end")]
+    assert kinds[:2] == ["begin", "begin"], kinds
+    assert len(list((tmp_path / "study" / "workers").iterdir())) == 2
+
+
+def test_two_jobs_one_after_the_other_where_both_do_not_fit(tmp_path: Path) -> None:
+    """A ceiling that one job fits under and two do not."""
+    done = ftrun(typed(tmp_path, "rank=2,4", "steps=10", "launcher.workers=2", "device.memory=700MB"))
+    assert done.returncode == 0, done.stderr
+    kinds = [e["event"] for e in events(tmp_path / "study") if e["event"] in ("begin", "end")]
+    assert kinds == ["begin", "end", "begin", "end"], kinds
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
+
+
+def _steps(study: Path) -> int:
+    return max((len(p.read_text().splitlines()) for p in study.glob("runs/*/metrics.jsonl")), default=0)
