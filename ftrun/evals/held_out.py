@@ -29,6 +29,9 @@ class Options:
     patience: int | None = option(None, "stop after so many evaluations without a better one", ge=1)
     prompt: str | None = option(None, "answered before and after; null: the first held-out row's own")
     max_new_tokens: int = option(48, "tokens of that answer at most; 0: no answer", ge=0)
+    retention: int = option(16, "rows that the untuned base writes, to measure what tuning broke; 0: none", ge=0)
+    retention_tokens: int = option(64, "tokens of such a row at most", ge=1)
+    latency: int = option(0, "tokens generated to time the base, the tuned and the merged model; 0: not timed", ge=0)
 
     def __post_init__(self) -> None:
         for name in ("keep_best", "patience"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
@@ -22,6 +23,7 @@ from ftrun.values import Anatomy
 
 FILE_PREFIX = "base_model.model."  # PEFT's, in front of every module name in a file
 O = TypeVar("O")  # noqa: E741
+_SUMS = 16  # bytes an element while it is merged: in float32 the weight, the update, the scaled update and their sum
 
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:
@@ -183,6 +185,10 @@ class Tuner(Generic[O]):
         """PEFT's adapter_config.json for this method on this base; {} where there is no adapter."""
         raise NotImplementedError
 
+    def effective_ranks(self, model: nn.Module) -> dict[str, float] | None:
+        """How much of its rank each tuned module's update uses, by the module's name; None where no update has one."""
+        return None
+
     def merge(self, model: nn.Module) -> None:
         """Puts plain merged layers in place, under the bare model's names; the wrappers wait for `unmerge`."""
         if not self.merges:
@@ -198,6 +204,13 @@ class Tuner(Generic[O]):
             swap(model, name, wrapper)
         self._aside = {}
         _retie(model, self._tied)
+
+    def merging_bytes(self, model: nn.Module, dtype: torch.dtype) -> int:
+        """Bytes that `merge` takes beside the model: a plain copy of each wrapped module in `dtype`, the base's compute
+        dtype, and the largest one's sums in float32.
+        """
+        sizes = [_elements(wrapper.base) for wrapper in wrappers(model)]
+        return sum(sizes) * dtype.itemsize + _SUMS * max(sizes, default=0)
 
     @contextlib.contextmanager
     def disabled(self, model: nn.Module) -> Iterator[None]:
@@ -261,6 +274,12 @@ def with_weight(base: nn.Module, weight: torch.Tensor) -> nn.Module:
     turned = weight.T.contiguous() if is_conv1d(base) else weight
     clone._parameters["weight"] = nn.Parameter(turned.to(own.dtype), requires_grad=False)
     return clone
+
+
+def _elements(module: Any) -> int:
+    """The elements of a module's weights, quantised ones by the shape that they stand for."""
+    stored = sum(math.prod(m.shape) for m in module.modules() if hasattr(m, "parts"))
+    return stored + sum(p.numel() for p in module.parameters())
 
 
 def match_names(tensors: Mapping[str, Any], named: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from ftrun.errors import UserError
 from ftrun.kernels.dense import is_conv1d
+from ftrun.kernels.spectrum import effective_rank, singular_values
 from ftrun.methods import base
 from ftrun.methods.files import peft_targets
 from ftrun.methods.kept import keep
@@ -132,6 +133,17 @@ class LowRank(base.Tuner[L]):
                     found[site.name] = value
                     break
         return found
+
+    def effective_ranks(self, model: nn.Module) -> dict[str, float] | None:
+        """Those of B A; for experts the mean over them. 0 where nothing is learnt yet: B (an embedding's A) is zero."""
+        found = {}
+        for wrapper in base.wrappers(model):
+            if wrapper.name in self._updates:
+                a, b = wrapper.lora_A, wrapper.lora_B
+                assert isinstance(a, torch.Tensor)
+                assert isinstance(b, torch.Tensor)
+                found[wrapper.name] = effective_rank(singular_values(a, b)).mean()
+        return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True)) if found else None
 
     def adapter_config(self, anatomy: Anatomy, base_name: str) -> dict[str, Any]:
         o, plan = self.options, self._updates

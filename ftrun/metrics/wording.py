@@ -129,11 +129,23 @@ def closing(result: Mapping[str, Any]) -> list[str]:
         if before.get(key) is not None and after.get(key) is not None
     ]
     lines += [f"held-out {', '.join(pairs)}"] if pairs else []
+    lines += _kept_and_lost(result)
     memory = result.get("memory") or {}
     planned, measured = memory.get("planned_peak_bytes"), memory.get("measured_peak_bytes")
     if planned and measured:
         lines.append(f"peak memory {size(measured)}, planned {size(planned)} ({(planned - measured) / measured:+.1%})")
     return lines
+
+
+def _kept_and_lost(result: Mapping[str, Any]) -> list[str]:
+    """What became of the base's own text, and how long a generated token takes, where they were measured."""
+    lines, retention, latency = [], result.get("retention") or {}, result.get("latency") or {}
+    if retention.get("rise") is not None:
+        change = f"{retention['before']:.2f} → {retention['after']:.2f} ({retention['rise']:+.2f})"
+        lines.append(f"retention: the base's own text {change}")
+    names = {"base_ms": "base", "unmerged_ms": "tuned", "merged_ms": "merged"}
+    times = [f"{name} {latency[key]:.1f} ms" for key, name in names.items() if latency.get(key) is not None]
+    return [*lines, f"a generated token: {', '.join(times)}"] if times else lines
 
 
 def sample(row: Mapping[str, Any]) -> list[str]:

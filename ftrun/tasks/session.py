@@ -19,7 +19,7 @@ import torch
 from ftrun import assemble
 from ftrun.early import check_devices
 from ftrun.errors import DoesNotFit, RunFailed, UserError
-from ftrun.evals.answer import answer
+from ftrun.evals.answer import answer, asked, prompt_ids
 from ftrun.evals.held_out import evaluate
 from ftrun.job import Job
 from ftrun.kernels import compiled
@@ -33,6 +33,7 @@ from ftrun.metrics.sink import Sink
 from ftrun.models.forward import attention
 from ftrun.planning.keeping import FOLDER
 from ftrun.runs import Run, read_json, write_json
+from ftrun.tasks.judging import Judge
 from ftrun.tasks.keep import Keeper
 from ftrun.tasks.shared import Shared, Watch
 from ftrun.train.interrupt import stop_requests
@@ -55,6 +56,7 @@ class Session:
         self.evals: dict[str, dict[str, Any]] = {}
         self.measured: dict[str, Any] = {}
         self.kept: KeptRows | None = None
+        self.judge = Judge(self)
 
     def prepare(self, out: Path) -> None:
         """Everything that can be refused: the model's names, the data, the plan. No weight is read."""
@@ -110,6 +112,7 @@ class Session:
         del found
         self._equip()
         self._keep_prefix(run)
+        self.judge.before()
         self._evaluate_ends("before", run)
         with stop_requests(self.console.say) as asked:
             self.work.stop = lambda: asked() or self.watch.halts(self.progress.step)
@@ -121,6 +124,7 @@ class Session:
         if self.kept is not None:
             self.kept.store.close()
         shutil.rmtree(run.path / FOLDER, ignore_errors=True)
+        self.judge.after()
         return {**self.summary(), "status": "finished"}
 
     def close(self, run: Run, outcome: dict[str, Any] | None) -> None:
@@ -323,6 +327,7 @@ class Session:
             "loss_last": progress.loss_last,
             "eval": {when: _figures(found) for when, found in self.evals.items()},
             "samples": _samples(self.evals),
+            **self.judge.figures,
             "memory": {**self.measured, "process_peak_bytes": progress.peak_bytes},
             "total_params": plan.total_params,
             "trainable_params": plan.trainable_params,
@@ -344,31 +349,6 @@ def _sound(record: EvalRecord) -> EvalRecord:
         return record
     cause = "a lower lr may help" if record.step else "the base's own weights give no number: are they damaged?"
     raise RunFailed(f"held-out at step {record.step}: loss {record.loss}: not finite; {cause}")
-
-
-def prompt_ids(prompt: str | None, tokenizer: Any, held_out: Any) -> list[int]:
-    """The tokens of a user's prompt in the chat template, or the first held-out row up to its first learnt token."""
-    if prompt is None:
-        learn = held_out.learn(0)
-        first = int(learn.argmax())
-        return [int(i) for i in held_out.ids(0)[len(held_out.prefix_ids) : first]]
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return list(tokenizer(text, add_special_tokens=False).input_ids)
-    return list(tokenizer(prompt).input_ids)
-
-
-def asked(ids: list[int], tokenizer: Any) -> str:
-    """The words of a row's prompt, without the frame that the chat template puts around a user's message."""
-    text = str(tokenizer.decode(ids))
-    if tokenizer.chat_template:
-        message = [{"role": "user", "content": "\x00"}]
-        frame = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        before, _, after = frame.partition("\x00")
-        if after and text.startswith(before) and text.endswith(after):
-            return text[len(before) : -len(after)]
-    return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def _figures(found: dict[str, Any]) -> dict[str, Any]:

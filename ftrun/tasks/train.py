@@ -114,14 +114,14 @@ def _told(error: BaseException, session: Session, folder: Run) -> BaseException:
     if isinstance(error, OSError) and not isinstance(error, BrokenPipeError) and error.errno in _REFUSALS:
         message = f"{error.filename or folder.path}: cannot be written: {error.strerror}"
         return RunFailed(message) if session.began else UserError(message)
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         at = f"in step {done + 1}" if session.began or done else "before the first step was done"
         peak = session.settled.plan.needed_bytes / 1e9
         return RunFailed(f"out of memory {at}: {str(error).splitlines()[0][:200]}. Planned: {peak:.2f} GB at the peak")
     return error
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocator, Python's or torch's on any device, could not give what was asked."""
     words = ("out of memory", "can't allocate memory", "not enough memory")
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in words))

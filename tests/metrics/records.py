@@ -35,6 +35,8 @@ RESULT: dict[str, Any] = {
     "seconds": 133.2,
     "tokens_per_s": 405.4,
     "eval": {"before": {"loss": 3.1, "perplexity": 22.2}, "after": {"loss": 2.1, "perplexity": 8.17}},
+    "retention": {"before": 2.814, "after": 2.951, "rise": 0.137, "tokens": 900},
+    "latency": {"tokens": 32, "base_ms": 9.81, "unmerged_ms": 12.14, "merged_ms": None, "merges": False},
     "memory": {"planned_peak_bytes": 1_410_000_000, "measured_peak_bytes": 1_400_000_000},
     "samples": [{"prompt": "What is a CPU?", "before": "No.", "after": "A central\nprocessing unit."}],
 }

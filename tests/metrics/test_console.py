@@ -40,6 +40,8 @@ def test_in_a_pipe_there_are_plain_lines_and_log_txt_has_the_same(tmp_path: Path
     for part in ("reading the data", "qlora  rank=16", "loss 2.0000", "812 tokens/s", "mem 1.00 GB (peak 1.40 GB)"):
         assert part in text
     assert "held-out loss 3.100 → 2.100, perplexity 22.200 → 8.170" in text
+    assert "retention: the base's own text 2.81 → 2.95 (+0.14)" in text
+    assert "a generated token: base 9.8 ms, tuned 12.1 ms\n" in text
     assert "after   A central processing unit." in text
     assert f"adapter: {tmp_path / 'adapter'}" in text
 
