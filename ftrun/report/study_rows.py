@@ -61,6 +61,8 @@ FIGURES = {
     "planned_peak_bytes": Figure("planned peak", size, True, "bytes"),
     "steps": Figure("steps done", _WHOLE, None, "count"),
     "total_params": Figure("all parameters", _WHOLE, None, "count"),
+    "train_loss": Figure("last training loss", _LOSS, True),
+    "process_bytes": Figure("process", size, True, "bytes"),
     "merges": Figure("merges", "{:.0f}".format),
 }
 
