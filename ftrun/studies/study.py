@@ -89,7 +89,8 @@ def read_study(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> St
         if one.interval is not None:
             axes.append(_bounds(one))
         elif points:
-            axes.append(Axis(one.key, tuple(dict.fromkeys(points)), one.sign))
+            # Hydra escapes a colon in what it hands back; nobody types it so
+            axes.append(Axis(one.key, tuple(dict.fromkeys(p.replace("\\:", ":") for p in points)), one.sign))
         else:
             fixed.append(one.text)
     folder = _folder(place, name, given, axes, fixed, parts)

@@ -26,6 +26,11 @@ def test_axes_in_hydras_syntax() -> None:
     assert (rate.low, rate.high, rate.log, rate.is_interval, rate.integer) == (1e-5, 1e-2, True, True, False)
     assert study.fixed == ("batch=8",)
     assert read_study(["rank=int(interval(4,16))"]).axes[0].integer
+    layers = read_study(["layers=first:10,last:10"])
+    assert layers.axes[0].points == ("first:10", "last:10")
+    job = Points(layers).make({"layers": "last:10"}).job
+    assert job is not None
+    assert job.method.options.layers == "last:10"
 
 
 def test_every_combination_the_last_axis_fastest() -> None:
