@@ -45,6 +45,11 @@ def test_the_kernels_sources_travel(site: Path) -> None:
     assert {"linear.cpp", "attention.cpp", "tiles.h"} <= ours
 
 
+def test_the_style_of_a_study_page_travels(site: Path) -> None:
+    name = "ftrun/report/study_page.css"
+    assert (site / name).read_text(encoding="utf-8") == (ROOT / name).read_text(encoding="utf-8")
+
+
 def test_it_works_from_any_directory(site: Path, tmp_path: Path) -> None:
     def ftrun(*typed: str) -> subprocess.CompletedProcess[str]:
         return run(sys.executable, "-m", "ftrun", *typed, cwd=tmp_path, PYTHONPATH=str(site))
