@@ -36,6 +36,7 @@ def render(
             console.print(f"{row['number']:>2}  {kind}{row['why']}", markup=False)
     jobs = f" ({summary['jobs']} different jobs)" if summary["jobs"] < summary["fit"] else ""
     counted = f"{summary['fit']} of {summary['points']} points fit{jobs}" if rows else "the search decides as it goes"
+    counted += ", with more as the search asks for them" if rows and summary.get("more") else ""
     console.print(
         f"{counted}; at most {summary['needed_bytes'] / 1e9:.2f} GB for one, {summary['at_once']} at once; about "
         f"{words(summary['seconds'])} in all ({summary['times_from']})"

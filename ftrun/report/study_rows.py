@@ -62,6 +62,7 @@ FIGURES = {
     "steps": Figure("steps done", _WHOLE, None, "count"),
     "total_params": Figure("all parameters", _WHOLE, None, "count"),
     "train_loss": Figure("last training loss", _LOSS, True),
+    "rung_loss": Figure("loss when stopped", _LOSS, True),
     "process_bytes": Figure("process", size, True, "bytes"),
     "merges": Figure("merges", "{:.0f}".format),
 }

@@ -7,7 +7,7 @@ twice, and a search that learns from what it hears is told everything again in t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -58,10 +58,11 @@ class Driver:
 
         whole: with the base's files and the data, as training has them; else with what is at hand.
         """
+        begun = {key for key, _ in self._done}
         wanted: dict[str, Point] = {}
         for values in self.search.points():
             point = self.points.make(values)
-            if point.job is not None and (point.key, None) not in self._done:
+            if point.job is not None and point.key not in begun:  # one that is left at a rung may be done with
                 wanted.setdefault(point.key, point)
         for point in wanted.values():
             task = self._task(f"plan-{point.key}", "plan", point)
@@ -184,7 +185,8 @@ class Driver:
         if warning := event.values.get("warning"):
             self.say(f"warning: {_words(one.point)}: {warning}")
         seconds = None if one.since is None else time.monotonic() - one.since
-        if status == "finished" and seconds is not None and one.trial.kind == "train":
+        in_one_go = not any(key == one.point.key for key, _ in self._done)  # not from where a rung had left it
+        if status == "finished" and seconds is not None and one.trial.kind == "train" and in_one_go:
             self.pace.note(self.plans.get(one.point.key, {}), seconds)
         self._finish(event.id, status, reason, seconds, event.values.get("probe"))
 
@@ -206,9 +208,13 @@ class Driver:
         probe: Any = None,
     ) -> None:
         run = self.study.folder / "runs" / self._folder(point)
-        figures = figures_of(run) if status not in ("invalid", "does_not_fit") and trial.kind == "train" else {}
+        ran = status not in ("invalid", "does_not_fit") and trial.kind == "train"
+        figures = figures_of(run, trial.until) if ran else {}
         plan = self.plans.get(point.key, {})
         figures = {**{k: plan[k] for k in ("trainable_params", "total_params") if k in plan}, **figures}
+        if ran and "peak_bytes" not in figures:  # the largest step may lie before the rung that it goes on from
+            earlier = self.ledger.last("end", key=point.key) or {}
+            figures |= {k: v for k, v in (earlier.get("figures") or {}).items() if k == "peak_bytes"}
         if "planned_peak_bytes" not in figures and "peak_bytes" in plan:
             figures["planned_peak_bytes"] = plan["peak_bytes"]
         found = self.ledger.add(
@@ -240,7 +246,8 @@ class Driver:
         words = f"{_words(point)}{f' ({trial.note})' if trial.note else ''}: {outcome.status}"
         figures = outcome.figures
         if outcome.status in ("finished", "paused", "pruned"):
-            loss, speed = figures.get("loss"), figures.get("tokens_per_s")
+            loss, speed = figures.get("loss", figures.get("rung_loss")), figures.get("tokens_per_s")
+            words += f" after step {trial.until}" if outcome.status == "paused" else ""
             words += f", held-out loss {loss:.4f}" if loss is not None else ""
             words += f", {figures['peak_bytes'] / 1e9:.3g} GB" if "peak_bytes" in figures else ""
             words += f", {speed:,.0f} tokens/s" if speed else ""
@@ -251,8 +258,13 @@ class Driver:
     def _left(self) -> str:
         """How long the rest takes, as far as its points are known."""
         keys = {self.points.make(v).key for v in self.search.points()} - {key for key, _ in self._done}
-        seconds = self.pace.total([self.plans[k] for k in keys if k in self.plans], self.launcher.width)
+        seconds = self.total([self.plans[k] for k in keys if k in self.plans])
         return f"   ({self.pace.words(seconds)} left)" if keys and seconds else ""
+
+    def total(self, plans: Sequence[Mapping[str, Any]]) -> float | None:
+        """Seconds that the search takes over these jobs; None where that cannot be told."""
+        seconds = self.pace.total(plans, self.launcher.width)
+        return None if seconds is None else seconds * self.search.share
 
     def _leave(self) -> None:
         """Let jobs save what they have; a second Ctrl-C ends them as they are."""

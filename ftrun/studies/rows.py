@@ -12,8 +12,12 @@ from ftrun.runs import read_json
 _FROM_RESULT = ("steps", "seconds", "tokens_per_s", "trainable_params", "total_params", "adapter_bytes")
 
 
-def figures_of(run: Path) -> dict[str, Any]:
-    """What a run's folder says that it came to: the keys of a row's figures that are there."""
+def figures_of(run: Path, until: int | None = None) -> dict[str, Any]:
+    """What a run's folder says that it came to: the keys of a row's figures that are there.
+
+    until: the step at which it was left (None: it was to go to its end). `rung_loss` is the held-out loss at that step,
+    or, of a run that was stopped on the way, the last one that was measured.
+    """
     result = read_json(run / "result.json")
     if result is None:
         return {}
@@ -28,6 +32,9 @@ def figures_of(run: Path) -> dict[str, Any]:
     found |= {key: latency.get(key) for key in ("base_ms", "unmerged_ms", "merged_ms", "merges")}
     found |= {"retention": (result.get("retention") or {}).get("rise")}
     found |= {"effective_rank": (result.get("effective_rank") or {}).get("mean")}
+    if until is not None or result.get("status") != "finished":
+        on_the_way = {r["step"]: r.get("loss") for r in read(run / "evals.jsonl") if r["step"]}
+        found |= {"rung_loss": on_the_way.get(max(on_the_way, default=0) if until is None else until)}
     return {key: value for key, value in found.items() if value is not None}
 
 

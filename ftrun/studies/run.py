@@ -22,6 +22,7 @@ from ftrun.studies.study import Study, read_study, record
 
 Say = Callable[[str], None]
 _LISTED = 5  # points that are no jobs, told one by one
+_SURE = 8  # points of a search with more to ask for that are enough to blame what all of them share
 
 
 def run(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> int:
@@ -62,17 +63,17 @@ def plan(overrides: Sequence[str], config_dirs: Sequence[Path] = (), format: str
             ledger.close()
     rows = [_planned(driver, number, values) for number, values in enumerate(search.points(), start=1)]
     keys = {row["key"] for row in rows if row["fits"]}
-    total = driver.pace.total([driver.plans[key] for key in keys], launcher.width)
+    total = driver.total([driver.plans[key] for key in keys])
     peak = max((row["needed_bytes"] for row in rows if row["fits"]), default=0)
     summary = {"points": len(rows), "jobs": len(keys), "fit": sum(bool(r["fits"]) for r in rows), "seconds": total}
-    summary |= {"needed_bytes": peak, "at_once": launcher.width, "times_from": driver.pace.source}
+    summary |= {"needed_bytes": peak, "at_once": launcher.width, "times_from": driver.pace.source, "more": search.more}
     if format == "json":
         print(json.dumps({**summary, "rows": rows}, ensure_ascii=False))
     else:
         from ftrun.report.study_plan import render
 
         render(summary, rows, driver.pace.words)
-    return 0 if keys or not rows else DoesNotFit.exit_code
+    return 0 if keys or search.more else DoesNotFit.exit_code
 
 
 def _search(study: Study) -> Search:
@@ -90,7 +91,7 @@ def _check(study: Study, search: Search) -> None:
         if point.trouble is None:
             return
         troubles.append(point.trouble)
-    if search.points() or not study.axes:
+    if not study.axes or (search.points() and (len(values) >= _SURE or not search.more)):
         raise UserError(troubles[0] + (f" [so are all {len(values)} points]" if len(values) > 1 else ""))
 
 
@@ -122,6 +123,7 @@ def _outlook(driver: Driver) -> Iterator[str]:
     left = {key: driver.plans[key] for key in jobs if key in driver.plans and key not in done}
     unfit = {key for key, found in left.items() if not found.get("fits")}
     words = [f"{len(points)} points" if points else "points as the search asks for them"]
+    words += ["more as the search asks for them"] if points and driver.search.more else []
     words += [f"{len(jobs)} different jobs"] if len(jobs) < len(points) - len(invalid) else []
     words += [f"{len(done)} done before"] if done else []
     words += [f"{len(invalid)} invalid"] if invalid else []
@@ -135,7 +137,7 @@ def _outlook(driver: Driver) -> Iterator[str]:
     fits = [found for key, found in left.items() if key not in unfit]
     if fits:
         peak, width = max(f["needed_bytes"] for f in fits), driver.launcher.width
-        seconds = driver.pace.total(fits, width)
+        seconds = driver.total(fits)
         often = "one at a time" if width == 1 else f"up to {width} side by side as their peaks fit together"
         yield (
             f"plan    {len(fits)} to run, {often}; about {driver.pace.words(seconds)} ({driver.pace.source}); "

@@ -8,7 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from ftrun.compose import compose
 from ftrun.errors import UserError
+from ftrun.shell import parse
 from ftrun.studies.study import Axis
 
 # figures that a study may aim at -> whether lower is better
@@ -81,6 +83,16 @@ class Search(ABC):
         """The points that are certain to be tried, as far as they are known before anything has run."""
         return []
 
+    @property
+    def more(self) -> bool:
+        """Whether others follow those, that are not known before."""
+        return not self.points()
+
+    @property
+    def share(self) -> float:
+        """The part of all these points' steps that is trained at most."""
+        return 1.0
+
     def sentences(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         """What the search has found, in words, for the end of the study. rows: as the table has them."""
         del rows
@@ -98,3 +110,21 @@ def grid(axes: Sequence[Axis]) -> Iterator[dict[str, str]]:
             )
     for values in itertools.product(*(axis.points for axis in axes)):
         yield dict(zip((axis.key for axis in axes), values, strict=True))
+
+
+def shared(overrides: Sequence[str], key: str) -> Any:
+    """What every job of a study has for a key, by its overrides, its recipe or its file; None where none of them says.
+
+    key: "steps", "eval.every"; a group's name gives its choice.
+    """
+    named = {one.key: one.value for one in parse(overrides, multirun=False)}
+    if key in named or not named.keys() & {"recipe", "job"}:
+        return named.get(key)
+    try:
+        job = compose(overrides)
+    except UserError:  # what is missing may come with the point; what is wrong its job says itself
+        return None
+    found: Any = {**job.tree, **({key: job.choices[key]} if key in job.choices else {})}
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found

@@ -56,14 +56,20 @@ def draws(axes: Sequence[Axis], count: int, seed: int) -> list[Mapping[str, str]
 
 
 def draw(axis: Axis, rng: random.Random) -> str:
-    """One value of an axis, as an override writes it: an interval's numbers to six digits."""
+    """One value of an axis, as an override writes it."""
     if axis.low is None or axis.high is None:
         return rng.choice(axis.points)
     if axis.integer and not axis.log:
         return str(rng.randint(int(axis.low), int(axis.high)))
     low, high = (math.log(axis.low), math.log(axis.high)) if axis.log else (axis.low, axis.high)
     value = rng.uniform(low, high)
-    value = math.exp(value) if axis.log else value
+    return written(axis, math.exp(value) if axis.log else value)
+
+
+def written(axis: Axis, value: float) -> str:
+    """A number of an interval as an override writes it: to six digits, or whole, and within the interval."""
+    assert axis.low is not None
+    assert axis.high is not None
     if axis.integer:
         return str(min(int(axis.high), max(int(axis.low), round(value))))
     return f"{min(axis.high, max(axis.low, value)):.6g}"
