@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from ftrun import schema
-from ftrun.groups import choices_of, conf_dir, find_choice, read_choice
+from ftrun.groups import choices_of, conf_dir, find_choice, read_choice, study_of
 from ftrun.job import ROOMS, STUDY_ROOMS, find_variant
 
 ROOT = Path(__file__).parent.parent
@@ -123,7 +123,8 @@ def test_a_recipe_says_its_command_and_holds_overrides_only(name: str) -> None:
     path = find_choice("recipe", name)
     head = path.read_text(encoding="utf-8").splitlines()[:3]
     assert head[0] == "# @package _global_"
-    assert head[1].startswith(f"# ftrun recipe={name}")
+    flag = "-m " if study_of(name) else ""
+    assert head[1].startswith(f"# ftrun {flag}recipe={name}")
     assert head[2].startswith("# Shows ")
     tree, _ = read_choice(path)
     assert all(str(k).startswith("override /") for entry in tree.get("defaults", []) for k in entry)

@@ -63,10 +63,11 @@ def plan(overrides: Sequence[str], config_dirs: Sequence[Path] = (), format: str
             ledger.close()
     rows = [_planned(driver, number, values) for number, values in enumerate(search.points(), start=1)]
     keys = {row["key"] for row in rows if row["fits"]}
-    total = driver.total([driver.plans[key] for key in keys])
+    plans = [driver.plans[key] for key in keys]
+    total = driver.total(plans)
     peak = max((row["needed_bytes"] for row in rows if row["fits"]), default=0)
     summary = {"points": len(rows), "jobs": len(keys), "fit": sum(bool(r["fits"]) for r in rows), "seconds": total}
-    summary |= {"needed_bytes": peak, "at_once": launcher.width, "times_from": driver.pace.source, "more": search.more}
+    summary |= {"needed_bytes": peak, "at_once": launcher.width, "times_from": driver.pace.source(plans), "more": search.more}
     if format == "json":
         print(json.dumps({**summary, "rows": rows}, ensure_ascii=False))
     else:
@@ -140,7 +141,7 @@ def _outlook(driver: Driver) -> Iterator[str]:
         seconds = driver.total(fits)
         often = "one at a time" if width == 1 else f"up to {width} side by side as their peaks fit together"
         yield (
-            f"plan    {len(fits)} to run, {often}; about {driver.pace.words(seconds)} ({driver.pace.source}); "
+            f"plan    {len(fits)} to run, {often}; about {driver.pace.words(seconds)} ({driver.pace.source(fits)}); "
             f"{peak / 1e9:.2f} GB at most for one"
         )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ftrun import assemble
-from ftrun.groups import choices_of
+from ftrun.groups import choices_of, study_of
 from ftrun.runs import cache_dir
 from ftrun.tasks import train as task
 from tests.jobs import tiny_job, write_rows
@@ -138,3 +138,12 @@ def test_recipes(tmp_path: Path, recipe: str) -> None:
     job = tiny_job(tmp_path, f"recipe={recipe}", "data.topics=[ai]", "steps=2", "eval.max_new_tokens=0")
     task.run(job)
     result(tmp_path)
+
+
+@pytest.mark.parametrize("recipe", [r for r in choices_of("recipe") if study_of(r)])
+def test_every_point_of_a_recipes_study_is_a_job(recipe: str) -> None:
+    study = read_study([f"recipe={recipe}"])
+    search = study.search.load().Search(study.search.typed(), study.axes, study.fixed)
+    made = [Points(study).make(values) for values in search.points()]
+    assert [p.trouble for p in made if p.job is None] == []
+    assert len({p.key for p in made}) == len(made) or search.more
