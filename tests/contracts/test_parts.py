@@ -12,6 +12,8 @@ import pytest
 from ftrun import assemble
 from ftrun.groups import choices_of, study_of
 from ftrun.runs import cache_dir
+from ftrun.studies.points import Points
+from ftrun.studies.study import read_study
 from ftrun.tasks import train as task
 from tests.jobs import tiny_job, write_rows
 
