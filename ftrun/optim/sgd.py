@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -16,6 +16,8 @@ from ftrun.schema import option
 class Options(OptimOptions):
     momentum: float = option(0.9, "share of the last update that is kept; 0 = no state", ge=0, lt=1)
     nesterov: bool = option(False, "look ahead along the momentum")
+
+    by_gradient: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -45,7 +45,7 @@ class Driver:
         self.plans: dict[str, Mapping[str, Any]] = {}
         self.pace = Pace()
         self._running: dict[str, Running] = {}  # by task
-        self._done = {_place(e): e for e in ledger.of("end") if e["status"] in _FINAL}
+        self._done = {_place(e): e for e in ledger.of("end") if e["status"] in _FINAL and e.get("kind") != "probe"}
         self._seen = {_name(e["values"], e.get("until"), e.get("kind")) for e in ledger.of("trial")}
         self._numbers = {e["number"] for e in ledger.of("trial")}
         self._next = 1 + max((e["row"] for e in ledger.of("trial")), default=0)
@@ -106,7 +106,8 @@ class Driver:
         point = self.points.make(trial.values)
         self._log(trial, point)
         known = self._done.get((point.key, trial.until)) or self._done.get((point.key, None))
-        same = next((r for r in self._running.values() if r.point.key == point.key), None)
+        at_work = (r for r in self._running.values() if r.trial.kind == "train")
+        same = next((r for r in at_work if r.point.key == point.key), None)
         if point.job is None:
             self._end(trial, point, "invalid", point.trouble)
         elif known is not None and trial.kind == "train":
@@ -167,7 +168,7 @@ class Driver:
     ) -> Task:
         request = point.request(self.study.folder / "runs" / self._folder(point))
         if trial is not None:
-            request |= {"until": trial.until, "rungs": sorted(self.search.rungs), "asks": trial.asks}
+            request |= {"until": trial.until, "rungs": sorted(self.search.rungs), "asks": trial.asks, **trial.request}
         size = int(plan["needed_bytes"] + plan.get("process_bytes", 0)) if plan else 0
         usable = ((plan or {}).get("device") or {}).get("usable_bytes") or 0
         share = min(1.0, size / usable) if usable else 1.0
@@ -222,13 +223,14 @@ class Driver:
             number=trial.number,
             key=point.key,
             until=trial.until,
+            kind=trial.kind,
             status=status,
             reason=reason,
             seconds=seconds,
             figures=figures,
             probe=probe,
         )
-        if status in _FINAL:
+        if status in _FINAL and trial.kind == "train":
             self._done[_place(found)] = found
         self._tell(trial, point, Outcome(status, reason, figures, probe), None)
 
@@ -319,6 +321,8 @@ class Driver:
             elif event["event"] == "rung" and number in open_trials:
                 self.search.verdict(open_trials[number], event["step"], event["loss"])
             elif event["event"] == "end" and number in open_trials:
+                if self.search.retries and event["status"] not in _FINAL:
+                    continue
                 outcome = Outcome(event["status"], event.get("reason"), event.get("figures") or {}, event.get("probe"))
                 self.search.tell(open_trials.pop(number), outcome)
         return list(open_trials.values())

@@ -55,7 +55,8 @@ def row(number: int, values: Mapping[str, str], status: str, reason: str | None,
 
 def rows_of(events: Sequence[Mapping[str, Any]], folder: Path, curves: bool = True) -> list[dict[str, Any]]:
     """The points of a study's ledger in the order in which they were first asked for; equal jobs point to the first."""
-    ends: dict[str, Mapping[str, Any]] = {e["key"]: e for e in events if e["event"] == "end"}
+    ended = (e for e in events if e["event"] == "end" and e.get("kind") != "probe")
+    ends: dict[str, Mapping[str, Any]] = {e["key"]: e for e in ended}
     begun = {e["key"] for e in events if e["event"] == "begin"}
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     first: dict[str, int] = {}

@@ -31,7 +31,7 @@ class Trial:
 
     number: the search's own, from 0 on. until: steps after which the run is left with a checkpoint, to be gone on with
     by a later trial of the same values (None: to its end). asks: its evaluations wait for `verdict`. kind: "train", or
-    "probe" (see ftrun/tasks/probe.py). extra: overrides beside the swept values, that change what is computed.
+    "probe" (see ftrun/tasks/probe.py). request: what its worker is told besides the job.
     """
 
     number: int
@@ -40,6 +40,7 @@ class Trial:
     asks: bool = False
     kind: str = "train"
     note: str = ""  # in a word or two, for the table
+    request: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,12 @@ class Search(ABC):
     """One search at work. The driver asks until it hears None twice: once while trials run, once when none does.
 
     rungs: steps at which trials are evaluated besides what their jobs say. depends: whether what is asked for depends on
-    what was told, so that a study that goes on must hear everything again in the order in which it happened.
+    what was told, so that a study that goes on must hear everything again in the order in which it happened. retries:
+    whether it is then not told of trials that failed: they are tried again.
     """
 
     depends: ClassVar[bool] = False
+    retries: ClassVar[bool] = False
     rungs: frozenset[int] = frozenset()
 
     def __init__(self, options: Any, axes: Sequence[Axis], overrides: Sequence[str]) -> None:

@@ -99,7 +99,7 @@ class Worker:
         def made() -> dict[str, Any]:
             from ftrun.tasks.probe import probe
 
-            return probe(_job(request), self.shared)
+            return probe(_job(request), self.shared, request["rows"], request["by"])
 
         status, reason, found = _guarded(made)
         return {"event": "ended", "status": status, "reason": reason, "probe": found, **self._proof()}
