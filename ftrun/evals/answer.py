@@ -11,6 +11,8 @@ from ftrun.errors import UserError
 
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
+_BEGINNING = 16  # tokens of a plain text that its continuation is asked for
+
 
 def answer(model: Any, tokenizer: Any, prompt_ids: list[int], max_new_tokens: int) -> str:
     """The model's continuation of `prompt_ids` (special tokens left out), decoded greedily; dropout off.
@@ -64,11 +66,13 @@ def ends(model: Any, tokenizer: Any) -> list[int]:
 
 
 def prompt_ids(prompt: str | None, tokenizer: Any, held_out: Any) -> list[int]:
-    """The tokens of a user's prompt in the chat template, or the first held-out row up to its first learnt token."""
+    """The tokens of a user's prompt in the chat template, or the first held-out row up to its first learnt token; of a
+    plain text, where nothing comes before that, the row's beginning.
+    """
     if prompt is None:
-        learn = held_out.learn(0)
-        first = int(learn.argmax())
-        return [int(i) for i in held_out.ids(0)[len(held_out.prefix_ids) : first]]
+        before = len(held_out.prefix_ids)
+        row, first = held_out.ids(0)[before:], int(held_out.learn(0).argmax()) - before
+        return [int(i) for i in row[: first if first > 0 else min(_BEGINNING, max(1, len(row) // 2))]]
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

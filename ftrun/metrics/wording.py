@@ -141,7 +141,7 @@ def _kept_and_lost(result: Mapping[str, Any]) -> list[str]:
     """What became of the base's own text, and how long a generated token takes, where they were measured."""
     lines, retention, latency = [], result.get("retention") or {}, result.get("latency") or {}
     if retention.get("rise") is not None:
-        change = f"{retention['before']:.2f} → {retention['after']:.2f} ({retention['rise']:+.2f})"
+        change = f"{retention['before']:.2f} → {retention['after']:.2f} ({retention['rise']:+z.2f})"
         lines.append(f"retention: the base's own text {change}")
     names = {"base_ms": "base", "unmerged_ms": "tuned", "merged_ms": "merged"}
     times = [f"{name} {latency[key]:.1f} ms" for key, name in names.items() if latency.get(key) is not None]

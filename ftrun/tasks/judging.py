@@ -83,10 +83,23 @@ class Judge:
                 "cannot be had back, and its own text is not in the cache"
             )
             return None
-        return self._written(path, start, tokens) if found is None else self._told(found, "from the cache")
+        began = time.perf_counter()
+        text = self._as_here(self._written(path, start, tokens) if found is None else found)
+        how = f"{time.perf_counter() - began:.1f} s" if found is None else "from the cache"
+        rows = f"{len(text.ids)} rows of {text.tokens:,} tokens"
+        s.console.say(f"retention: the base wrote {rows}, its loss on them {text.loss:.4f} ({how})")
+        return text
+
+    def _as_here(self, text: retention.Text) -> retention.Text:
+        """The text with its loss as this run's model gives it while it is still the base: beside an adapter that does
+        nothing yet, 16-bit sums are rounded otherwise than without one, which is no rise.
+        """
+        if self.session.progress.step or getattr(self.session.parts.tuner.options, "from_", None):
+            return text
+        return dataclasses.replace(text, loss=self._scored(text.ids, ()).loss)
 
     def _written(self, path: Path, start: int, tokens: int) -> retention.Text:
-        s, started = self.session, time.perf_counter()
+        s = self.session
         with self._base():
             self._check([[start, start]])
             with attention(s.work.model, "sdpa"), s.work.autocast():
@@ -98,7 +111,7 @@ class Judge:
             write_json(path, dataclasses.asdict(text))
         except OSError as error:
             s.console.say(f"warning: the base's own text is not kept in {path.parent}: {error.strerror or error}")
-        return self._told(text, f"{time.perf_counter() - started:.1f} s")
+        return text
 
     def _check(self, ids: list[list[int]]) -> EvalRecord:
         """The base's loss on rows. Raises RunFailed where it is no number: nothing could be sampled."""
@@ -107,11 +120,6 @@ class Judge:
             cause = "the base's own weights give no number: are they damaged?"
             raise RunFailed(f"retention at step {found.step}: loss {found.loss}: not finite; {cause}")
         return found
-
-    def _told(self, text: retention.Text, how: str) -> retention.Text:
-        rows = f"{len(text.ids)} rows of {text.tokens:,} tokens"
-        self.session.console.say(f"retention: the base wrote {rows}, its loss on them {text.loss:.4f} ({how})")
-        return text
 
     def _scored(self, ids: list[list[int]], prefix: Sequence[int]) -> EvalRecord:
         """The loss on rows, all but their first token, by the run's own loss and in micro-batches of its own size."""
