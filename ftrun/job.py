@@ -129,9 +129,10 @@ class Job:
 
     @property
     def key(self) -> str:
-        """16 hex digits that jobs share where they compute the same: the hash of the resolved tree less its places."""
-        tree = {k: v for k, v in self.tree.items() if k not in _PLACES}
-        return hashlib.sha256(json.dumps(tree, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        """16 hex digits that jobs share where they compute the same: the hash of its options, less its places."""
+        named = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in (*_PLACES, "tree")}
+        found = {k: [v.kind, _plain(v.options)] if isinstance(v, Part) else v for k, v in named.items()}
+        return hashlib.sha256(json.dumps(found, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def as_dict(self) -> dict[str, Any]:
         """What job.yaml holds: the groups' choices, then the resolved tree."""
@@ -195,6 +196,17 @@ def make_part(group: str, values: Mapping[str, Any], choice: str, names: Mapping
     module, path = find_variant(group, str(kind))
     options = schema.build(schema.read_options(path), {k: v for k, v in values.items() if k != "kind"}, group, names)
     return Part(choice, str(kind), module, options)
+
+
+def _plain(options: Any) -> dict[str, Any]:
+    """Options as values, files by their whole paths: what they hold is not looked into."""
+    values = dataclasses.asdict(options)
+    return {k: str(Path(v).expanduser().resolve()) if _is_file(k, v) else v for k, v in values.items()}
+
+
+def _is_file(key: str, value: Any) -> bool:
+    named = key.rpartition("_")[2] == "path" or key == "from_"
+    return named and isinstance(value, str) and Path(value).expanduser().exists()
 
 
 def find_variant(group: str, kind: str) -> tuple[str, Path]:

@@ -31,6 +31,7 @@ _VECTOR_MATHS: tuple[str, ...] = (
 _VECTOR_MATHS += ("sigmoid", "acos", "asin", "atan", "cosh", "sinh", "erfinv")
 # glibc's malloc.h
 _ARENA_MAX, _MMAP_MAX, _TRIM_THRESHOLD = -8, -4, -1
+_keeps: set[int] = set()  # this process, once it keeps pages
 
 
 def few_arenas() -> None:
@@ -48,7 +49,25 @@ def keep_pages() -> None:
     come in pieces that do not always fit, so this is for jobs that leave room. Where the C library is another one
     nothing happens, nor where the user has set this by MALLOC_… in the environment.
     """
+    _keeps.add(os.getpid())
     _tell({_MMAP_MAX: ("MALLOC_MMAP_MAX_", 0), _TRIM_THRESHOLD: ("MALLOC_TRIM_THRESHOLD_", (1 << 31) - 1)})
+
+
+def change_pages() -> None:
+    """Has the C library give back large blocks again, where an earlier job of this process has had it keep them."""
+    if _keeps:
+        _keeps.clear()
+        _tell({_MMAP_MAX: ("MALLOC_MMAP_MAX_", 65536), _TRIM_THRESHOLD: ("MALLOC_TRIM_THRESHOLD_", 128 << 10)})
+
+
+def give_back() -> None:
+    """Lets go of memory that allocators keep for later: the C library's, and CUDA's where that is at work."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _tell(asked: dict[int, tuple[str, int]]) -> None:

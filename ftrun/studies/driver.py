@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ftrun.errors import UserError
 from ftrun.studies.launching import Event, Launcher, Task
 from ftrun.studies.ledger import Ledger
 from ftrun.studies.pace import Pace
@@ -33,6 +34,7 @@ class Running:
     trial: Trial
     point: Point
     since: float | None = None
+    fresh: bool = True  # whether nothing of it was done before
     followers: list[Trial] = field(default_factory=list)
 
 
@@ -133,7 +135,7 @@ class Driver:
             return
         one = self._running[event.id]
         if event.kind == "began":
-            one.since = time.monotonic()
+            one.since, one.fresh = time.monotonic(), not event.values.get("steps")
             self.ledger.add("begin", number=one.trial.number, key=one.point.key)
         elif event.kind == "rung":
             step, loss = int(event.values["step"]), float(event.values["loss"])
@@ -169,6 +171,8 @@ class Driver:
         request = point.request(self.study.folder / "runs" / self._folder(point))
         if trial is not None:
             request |= {"until": trial.until, "rungs": sorted(self.search.rungs), "asks": trial.asks, **trial.request}
+            # what was free when it was planned: its neighbours' share is not for it to judge
+            request |= {"device": (plan or {}).get("device")}
         size = int(plan["needed_bytes"] + plan.get("process_bytes", 0)) if plan else 0
         usable = ((plan or {}).get("device") or {}).get("usable_bytes") or 0
         share = min(1.0, size / usable) if usable else 1.0
@@ -186,8 +190,7 @@ class Driver:
         if warning := event.values.get("warning"):
             self.say(f"warning: {_words(one.point)}: {warning}")
         seconds = None if one.since is None else time.monotonic() - one.since
-        in_one_go = not any(key == one.point.key for key, _ in self._done)  # not from where a rung had left it
-        if status == "finished" and seconds is not None and one.trial.kind == "train" and in_one_go:
+        if status == "finished" and seconds is not None and one.trial.kind == "train" and one.fresh:
             self.pace.note(self.plans.get(one.point.key, {}), seconds)
         self._finish(event.id, status, reason, seconds, event.values.get("probe"))
 
@@ -278,6 +281,9 @@ class Driver:
             for event in self.launcher.wait(_WAIT):
                 if event.kind == "ended":
                     at_work.discard(event.id)
+        if at_work:
+            words = ", ".join(_words(self._running[name].point) for name in sorted(at_work))
+            self.say(f"cut off, not having come to the end of a step in time: {words}")
 
     # --- the record ---
 
@@ -307,24 +313,30 @@ class Driver:
     def _replayed(self) -> list[Trial]:
         """Tell the search everything again; returns the trials that were asked for and have not ended."""
         open_trials: dict[int, Trial] = {}
+        stopped: set[Any] = set()
         for event in list(self.ledger.events):
             number = event.get("number")
             if event["event"] == "trial":
                 trial = self.search.ask()
-                if trial is None or dict(trial.values) != event["values"]:
-                    drawn = "nothing" if trial is None else dict(trial.values)
-                    self.say(
-                        f"warning: trial {number} was {event['values']}, now the search draws {drawn}: it goes on from here"
+                if trial is None:
+                    continue  # fewer are asked for now: what was done stays on record
+                if dict(trial.values) != event["values"]:
+                    raise UserError(
+                        f"{self.ledger.path}: trial {number} was {event['values']}, and this search now draws "
+                        f"{dict(trial.values)}: another version of its library, or a damaged line. Name another study"
                     )
-                    return [t for t in (*open_trials.values(), trial) if t is not None]
                 open_trials[trial.number] = trial
             elif event["event"] == "rung" and number in open_trials:
                 self.search.verdict(open_trials[number], event["step"], event["loss"])
+                stopped |= {number} if not event["go"] else set()
             elif event["event"] == "end" and number in open_trials:
                 if self.search.retries and event["status"] not in _FINAL:
                     continue
                 outcome = Outcome(event["status"], event.get("reason"), event.get("figures") or {}, event.get("probe"))
                 self.search.tell(open_trials.pop(number), outcome)
+        for number in stopped & open_trials.keys():  # stopped by a verdict, killed before that was on record
+            trial = open_trials.pop(number)
+            self._end(trial, self.points.make(trial.values), "pruned", None)
         return list(open_trials.values())
 
 

@@ -32,6 +32,8 @@ class Point:
         """The job as JSON-able values, with its run's folder: what a worker needs of it."""
         assert self.job is not None
         tree = {**self.job.tree, "name": None, "out": str(out), "resume": "auto"}
+        if self.job.log.kind == "wandb" and tree["log"].get("group") is None:
+            tree["log"] = {**tree["log"], "group": out.parent.parent.name}  # the study's runs stand together there
         return {"choices": self.job.choices, "tree": tree}
 
 

@@ -18,9 +18,7 @@ def figures_of(run: Path, until: int | None = None) -> dict[str, Any]:
     until: the step at which it was left (None: it was to go to its end). `rung_loss` is the held-out loss at that step,
     or, of a run that was stopped on the way, the last one that was measured.
     """
-    result = read_json(run / "result.json")
-    if result is None:
-        return {}
+    result = read_json(run / "result.json") or {}  # {}: killed before it was written
     found = {key: result.get(key) for key in _FROM_RESULT}
     evals, memory = result.get("eval") or {}, result.get("memory") or {}
     before, after = evals.get("before") or {}, evals.get("after") or {}

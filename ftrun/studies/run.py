@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -190,6 +191,9 @@ def _show(driver: Driver, rows: Sequence[Mapping[str, Any]]) -> int:
         _say(line)
     _say(f"{driver.study.folder / 'report.html'}, {driver.study.folder / 'table.csv'}")
     wanted = [row for row in rows if row["status"] != "same"]
+    probes = [e for e in driver.ledger.of("end") if e.get("kind") == "probe" and e["status"] != "finished"]
+    if not wanted and probes:
+        raise RunFailed(f"the probe {probes[-1]['status']}: {probes[-1].get('reason')}")
     if any(row["status"] in ("finished", "pruned") for row in wanted) or not wanted:
         return 0
     return DoesNotFit.exit_code if all(r["status"] == "does_not_fit" for r in wanted) else RunFailed.exit_code
@@ -200,4 +204,8 @@ def _typed(point: Point) -> str:
 
 
 def _say(text: str) -> None:
-    print(text, flush=True)
+    """A line for the reader; one who has left does not end the study."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (it stays open to the end)

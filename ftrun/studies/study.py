@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,14 +109,17 @@ def record(study: Study) -> None:
         raise UserError(f"out={study.folder}: the folder is not empty and holds no study (no study.yaml); name another")
     if there is not None:
         free = (*_FREE, *getattr(type(study.search.options), "grows", ()))
-        changes = [c for c in differences(there, now) if not any(_is_of(c[0], one) for one in free)]
+        same = {"fixed": sorted(map(str, there.get("fixed") or []))} if isinstance(there, Mapping) else {}
+        before, after = {**there, **same}, {**now, "fixed": sorted(now["fixed"])}
+        changes = [c for c in differences(before, after) if not any(_is_of(c[0], one) for one in free)]
         if changes:
             raise UserError(
                 f"out={study.folder}: another study lies there.\n{listed(changes)}\nName another: name=NAME or out=DIR"
             )
     with aside(path) as beside:
         text = yaml.safe_dump(now, sort_keys=False, allow_unicode=True)
-        beside.write_text(f"# {' '.join(now['command'])}    goes on with this study\n{text}", encoding="utf-8")
+        words = " ".join(shlex.join(now["command"]).split())
+        beside.write_text(f"# {words}    goes on with this study\n{text}", encoding="utf-8")
 
 
 def _is_of(path: str, free: str) -> bool:
@@ -196,9 +200,18 @@ def _folder(
     if parts["search"].choice != "grid" and recipe is None:
         words.append(parts["search"].choice)
     extra = sorted(text for text in fixed if not text.startswith("recipe="))
+    extra += _own(parts["search"])
     digest = hashlib.sha256("\n".join([*extra, parts["search"].choice]).encode()).hexdigest()[:6]
     words += [digest] if extra else []
     return Path("studies") / (re.sub(r"[^\w.-]+", "_", "-".join(words)) or "one")
+
+
+def _own(search: Part) -> list[str]:
+    """The search's options that are not as they are by default, but for those that a study may grow by."""
+    cls, free = type(search.options), getattr(type(search.options), "grows", ())
+    usual = Part(search.choice, search.kind, search.module, cls())
+    mine, theirs = _options(search), _options(usual)
+    return [f"search.{k}={v}" for k, v in mine.items() if v != theirs[k] and f"search.{k}" not in free]
 
 
 def label(values: Mapping[str, str]) -> str:

@@ -57,8 +57,15 @@ def outlook(job: Job, shared: Shared, whole: bool = True) -> dict[str, Any]:
         "micro_batch": prepared.settled.micro_batch,
         "recomputed": prepared.settled.recomputed,
         "base": f"{parts.base.name} {parts.quantiser.scheme()} {job.model.options.dtype}",
-        "process_bytes": _resident(),
-        "device": {"type": device.type, "name": device.name, "usable_bytes": device.usable_bytes, "rate": _rate(job, device)},
+        "process_bytes": _resident() - _kept(shared) if device.type == "cpu" else 0,
+        "device": {
+            "type": device.type,
+            "name": device.name,
+            "count": torch.cuda.device_count() if device.type == "cuda" and device.present else 1,
+            "free_bytes": device.free_bytes,
+            "usable_bytes": device.usable_bytes,
+            "rate": _rate(job, device),
+        },
         **_run(job, prepared, supply),
     }
 
@@ -95,6 +102,10 @@ def _measured(kind: str, bf16: bool) -> float:
         float((factor @ factor)[0, 0])  # waits for the result
         seconds.append(time.perf_counter() - started)
     return 2 * _SIDE**3 / min(seconds)
+
+
+def _kept(shared: Shared) -> int:
+    return shared.shelf.bytes if shared.shelf is not None else 0
 
 
 def _resident() -> int:

@@ -25,7 +25,7 @@ from ftrun.job import Job
 from ftrun.kernels import compiled
 from ftrun.memory.device import Device
 from ftrun.memory.events import allocations, resident_bytes
-from ftrun.memory.host import few_arenas, keep_pages
+from ftrun.memory.host import change_pages, few_arenas, keep_pages
 from ftrun.memory.measure import Meter
 from ftrun.metrics import jsonl
 from ftrun.metrics.console import Console
@@ -79,8 +79,8 @@ class Session:
         self.settled = prepared.settled
         for note in prepared.notes:
             say(note)
-        if self.device.type == "cpu" and 2 * self.settled.plan.needed_bytes < self.device.free_bytes:
-            keep_pages()
+        if self.device.type == "cpu":
+            keep_pages() if 2 * self.settled.plan.needed_bytes < self.device.free_bytes else change_pages()
         if not self.settled.plan.fits and job.refuse:
             raise DoesNotFit(f"{prepared.refusal()}. refuse=false starts it as it is")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +46,19 @@ class Shared:
         self.shelf = Shelf() if keeps else None
         self.counts = counts
         self._bases: dict[str, Base] = {}
-        self._rows: dict[str, Corpus] = {}
+        self._rows: dict[str, tuple[Corpus, list[str]]] = {}  # with what there was to say of them
         self._devices: dict[str, Device] = {}
         self._prepared: dict[str, Prepared] = {}
 
     def device(self, job: Job) -> Device:
         """The job's device, as it was when it was first asked for: before anything of ours lay on it."""
         return self._devices.setdefault(_key(job.device), resolve(job.device.typed()))
+
+    def take_for(self, job: Job, kind: str, free_bytes: int) -> None:
+        """The job's device as another process has found it, before anything of the study lay on it."""
+        device = resolve(job.device.typed())
+        if device.type == kind and device.present:
+            self._devices[_key(job.device)] = replace(device, free_bytes=min(free_bytes, device.total_bytes))
 
     def sketch(self, job: Job, cache: Path, say: Say) -> assemble.Sketch:
         """The job's model before its weights, of a base that was opened once."""
@@ -64,9 +70,13 @@ class Shared:
         """The job's rows, tokenised once."""
         key = "|".join(map(str, (_key(job.data), _key(job.model), job.seq_len, parts.tuner.prefix, job.seed)))
         if key not in self._rows:
-            found = assemble.rows(job, parts, cache, say)
-            self._rows = {**dict(list(self._rows.items())[1 - _CORPORA :]), key: found}
-        return self._rows[key]
+            said: list[str] = []
+            found = assemble.rows(job, parts, cache, said.append)
+            self._rows = {**dict(list(self._rows.items())[1 - _CORPORA :]), key: (found, said)}
+        corpus, said = self._rows[key]
+        for text in said:  # each run's log has it
+            say(text)
+        return corpus
 
     def prepared(
         self, job: Job, parts: assemble.Sketch, corpus: Corpus, device: Device, pad_id: int, total: int, out: Path

@@ -77,7 +77,9 @@ class Worker:
         job = _job(request)
         if until is not None and steps_done(Path(str(job.out))) >= until:
             return {"event": "ended", "status": "paused", "reason": None}
-        self.channel.send({"event": "began", "id": name})
+        self.channel.send({"event": "began", "id": name, "steps": steps_done(Path(str(job.out)))})
+        if found := request.get("device"):
+            self.shared.take_for(job, found["type"], found["free_bytes"])
         rungs = frozenset(request.get("rungs") or ())
 
         def verdict(step: int, loss: float) -> bool:
@@ -90,7 +92,10 @@ class Worker:
         with open(os.devnull, "w", encoding="utf-8") as nowhere:
             status, reason, _ = _guarded(lambda: carry_out(job, Console(file=nowhere), self.shared, watch))
         if status == "stopped" and not self.channel.stopped():
-            status, reason = ("pruned", None) if watch.pruned else ("paused", None)
+            if watch.pruned:
+                status, reason = "pruned", None
+            elif until is not None and steps_done(Path(str(job.out))) >= until:
+                status, reason = "paused", None  # what else stops a run is a signal: it is not where it was to be
         return {"event": "ended", "status": status, "reason": reason, **self._proof()}
 
     def probe(self, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,7 +111,10 @@ class Worker:
 
     def _proof(self) -> dict[str, Any]:
         """Nothing, or what says that a task has changed the base, which is then read again for the next one."""
-        gc.collect()  # the model that has ended goes before the next one comes
+        from ftrun.memory.host import give_back
+
+        gc.collect()  # the model that has ended goes before the next one comes, and its memory with it
+        give_back()
         shelf = self.shared.shelf
         changed = shelf.changed() if shelf is not None else []
         if not changed:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ftrun.errors import UserError
 from ftrun.schema import option
 from ftrun.studies.launching import Event, Task
 from ftrun.studies.launching import Launcher as Base
@@ -32,6 +33,7 @@ class Seat:
     device: int
     worker: Worker
     task: Task | None = None
+    begun: bool = False  # whether the task has
     base: str = ""  # whose weights it holds
     held: int = 0  # bytes that it may hold on to when it is idle
     planned: set[str] = field(default_factory=set)  # keys of jobs whose plans it holds
@@ -47,6 +49,7 @@ class Launcher(Base):
         self._selector = selectors.DefaultSelector()
         self._device: Mapping[str, Any] | None = None  # as the first plan found it
         self._started = 0
+        self._again: set[str] = set()  # tasks that were begun anew
 
     @property
     def width(self) -> int:
@@ -91,6 +94,7 @@ class Launcher(Base):
             return self._lost(seat)
         events = []
         for reply in replies:
+            seat.begun = seat.begun or reply["event"] == "began"
             if reply["event"] in ("planned", "ended"):
                 self._note(seat, reply)
             events.append(Event(reply["id"], reply["event"], reply))
@@ -100,13 +104,24 @@ class Launcher(Base):
         assert seat.task is not None
         if reply["event"] == "planned":
             seat.planned.add(seat.task.key)
-            self._device = self._device or reply.get("device")
+            self._device = self._device or self._checked(reply.get("device"))
         seat.task = None
+
+    def _checked(self, device: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+        """UserError where there are not as many devices as are asked for."""
+        if device and self.options.devices > device.get("count", 1):
+            there = f"{device['count']} of {device['name']}" if device["type"] == "cuda" else "no GPU"
+            raise UserError(f"launcher.devices={self.options.devices}: this machine has {there}")
+        return device
 
     def _lost(self, seat: Seat) -> list[Event]:
         self._selector.unregister(seat.worker)
         self._seats.remove(seat)
         if seat.task is None:
+            return []
+        if not seat.begun and seat.task.id not in self._again:  # it died before it could begin: of something else
+            self._again.add(seat.task.id)
+            self._waiting.insert(0, seat.task)
             return []
         values = {"status": "failed", "reason": seat.worker.epitaph(), "lost": True}
         return [Event(seat.task.id, "ended", values)]
@@ -122,6 +137,7 @@ class Launcher(Base):
                 continue
             self._waiting.remove(task)
             self._make_room(task, seat)
+            seat.begun = False
             seat.task, seat.base, seat.held = task, task.base or seat.base, max(seat.held, task.bytes)
             seat.worker.send({**task.as_dict(), "threads": max(1, _cores() // self._per_device())})
 
