@@ -119,7 +119,7 @@ def furnish(
 ) -> None:
     """Weights into the skeleton, then the method on top, drawn or read from `method.from`.
 
-    shelf: keeps frozen weights for later jobs of this process; a job that trains them itself takes none and leaves none.
+    shelf: keeps frozen weights for later jobs of this process; one that trains them itself takes none and leaves none.
     """
     if shelf is not None and not parts.tuner.switchable:
         shelf.clear()

@@ -130,7 +130,9 @@ def test_a_recipe_says_its_command_and_holds_overrides_only(name: str) -> None:
     assert all(str(k).startswith("override /") for entry in tree.get("defaults", []) for k in entry)
 
 
-@pytest.mark.parametrize("group", [g for g, room in {**ROOMS, **STUDY_ROOMS}.items() if (ROOT / room.replace(".", "/")).is_dir()])
+@pytest.mark.parametrize(
+    "group", [g for g, room in {**ROOMS, **STUDY_ROOMS}.items() if (ROOT / room.replace(".", "/")).is_dir()]
+)
 def test_a_variant_is_one_file_with_a_yaml(group: str) -> None:
     folder = ROOT / {**ROOMS, **STUDY_ROOMS}[group].replace(".", "/")
     variants = {p.stem for p in folder.glob("*.py") if "\nclass Options" in p.read_text(encoding="utf-8")}

@@ -1,9 +1,9 @@
 """What happened in a study, one JSON object a line, on disk before it counts: what a killed study goes on from.
 
-    {"event": "trial", "number": 3, "key": "9f…", "values": {"rank": "8"}, "folder": "rank8-9f…", "until": null}
-    {"event": "plan", "key": …, "fits": true, "needed_bytes": …}       {"event": "begin", "number": 3}
-    {"event": "rung", "number": 3, "step": 20, "loss": 2.9, "go": true}    where a search may stop a trial on the way
-    {"event": "end", "number": 3, "key": …, "status": "finished", "reason": null, "figures": {…}}
+{"event": "trial", "number": 3, "key": "9f…", "values": {"rank": "8"}, "folder": "rank8-9f…", "until": null}
+{"event": "plan", "key": …, "fits": true, "needed_bytes": …}       {"event": "begin", "number": 3}
+{"event": "rung", "number": 3, "step": 20, "loss": 2.9, "go": true}    where a search may stop a trial on the way
+{"event": "end", "number": 3, "key": …, "status": "finished", "reason": null, "figures": {…}}
 """
 
 from __future__ import annotations

@@ -11,7 +11,9 @@ from ftrun.beside import replace_text
 from ftrun.runs import cache_dir, read_json
 
 _KEPT = 40  # jobs remembered of a device
-_ALIKE = 6.0  # times as much work, or as little, at most: a small job is mostly start and end, and says nothing of rates
+_ALIKE = (
+    6.0  # times as much work, or as little, at most: a small job is mostly start and end, and says nothing of rates
+)
 _SHARE = 0.2  # of a device's measured product rate, what training reaches where nothing else is known
 
 
@@ -69,7 +71,13 @@ class Pace:
         """ "40 s", "12 min", "3.5 h" """
         if seconds is None:
             return "of unknown length"
-        return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+        return (
+            f"{seconds:.0f} s"
+            if seconds < 90
+            else f"{seconds / 60:.0f} min"
+            if seconds < 5400
+            else f"{seconds / 3600:.1f} h"
+        )
 
     def _all(self) -> dict[str, list[list[float]]]:
         try:

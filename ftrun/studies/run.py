@@ -68,7 +68,12 @@ def plan(overrides: Sequence[str], config_dirs: Sequence[Path] = (), format: str
     total = driver.total(plans)
     peak = max((row["needed_bytes"] for row in rows if row["fits"]), default=0)
     summary = {"points": len(rows), "jobs": len(keys), "fit": sum(bool(r["fits"]) for r in rows), "seconds": total}
-    summary |= {"needed_bytes": peak, "at_once": launcher.width, "times_from": driver.pace.source(plans), "more": search.more}
+    summary |= {
+        "needed_bytes": peak,
+        "at_once": launcher.width,
+        "times_from": driver.pace.source(plans),
+        "more": search.more,
+    }
     if format == "json":
         print(json.dumps({**summary, "rows": rows}, ensure_ascii=False))
     else:

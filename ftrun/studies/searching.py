@@ -56,8 +56,8 @@ class Outcome:
 class Search(ABC):
     """One search at work. The driver asks until it hears None twice: once while trials run, once when none does.
 
-    rungs: steps at which trials are evaluated besides what their jobs say. depends: whether what is asked for depends on
-    what was told, so that a study that goes on must hear everything again in the order in which it happened. retries:
+    rungs: steps at which trials are evaluated besides what their jobs say. depends: whether what is asked for depends
+    on what was told, so that a study that goes on must hear everything again in the order in which it happened.
     whether it is then not told of trials that failed: they are tried again.
     """
 

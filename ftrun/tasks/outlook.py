@@ -19,7 +19,7 @@ from ftrun.planning.settle import Supply, Worst, refusal, supply_at_hand, supply
 from ftrun.runs import cache_dir
 from ftrun.tasks.shared import Prepared, Shared, prepare
 
-# operations that count for one of another kind of work, as common processors and cards come near to: a float32 product's,
+# operations that one of another kind counts for, as common processors and cards come near to: a float32 product's,
 # attention's, those of a byte that other operations move
 _FLOAT32, _ATTENTION, _BYTE = 8.0, 2.0, 100.0
 _SIDE, _ROUNDS = 1024, 5  # of the product that is timed

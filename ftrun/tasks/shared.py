@@ -40,7 +40,7 @@ class Prepared:
 
 
 class Shared:
-    """What was made for one job and serves the next. keeps: also the base's weights, on the device; counts: see Twin."""
+    """What was made for one job and serves the next. keeps: the base's weights too, on the device; counts: see Twin."""
 
     def __init__(self, keeps: bool = False, counts: bool = False) -> None:
         self.shelf = Shelf() if keeps else None

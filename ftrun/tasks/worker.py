@@ -3,9 +3,9 @@
 Requests come on standard input, replies go to standard output, one JSON object a line; a task in a file has its replies
 appended to TASK.events.jsonl and reads verdicts from TASK.verdict, so that a shared folder is all it needs.
 
-    {"do": "plan",  "id": …, "choices": {…}, "tree": {…}}    -> {"event": "planned", "id": …, "fits": true, …}
+    {"do": "plan", "id": …, "choices": {…}, "tree": {…}}   -> {"event": "planned", "id": …, "fits": true, …}
     {"do": "train", …, "until": null, "rungs": [], "asks": false}
-                                  -> {"event": "began"}, {"event": "rung", "step", "loss"} …, {"event": "ended", "status"}
+                                -> {"event": "began"}, {"event": "rung", "step", "loss"} …, {"event": "ended", "status"}
     {"do": "verdict", "id": …, "go": true}        {"do": "stop"}
 
 Imports, tokenised rows, plans and the base's weights stay from task to task; the weights are proven unchanged after

@@ -79,7 +79,14 @@ def _study(asked: pairs.Asked, folder: Path, cache: Path) -> dict[str, Any]:
 
 def _asked() -> tuple[pairs.Asked, list[str], Path | None, bool]:
     parser = argparse.ArgumentParser(prog="scripts/bench", description=str(__doc__).splitlines()[0])
-    parser.add_argument("--cases", nargs="+", default=[*USUAL, studies.NAME], choices=[*CASES, studies.NAME], metavar="NAME", help=_names())
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        default=[*USUAL, studies.NAME],
+        choices=[*CASES, studies.NAME],
+        metavar="NAME",
+        help=_names(),
+    )
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12, help="of each run; the first two do not count (default 12)")
     parser.add_argument("--held-out", type=int, default=64, help="rows that no side trains on (default 64)")

@@ -57,7 +57,11 @@ def run(steps: int, folder: Path, cache: Path, more: Sequence[str], say: Callabl
 def _timed(words: Sequence[str], cache: Path) -> float:
     started = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-m", "ftrun", *words], env=sides.environment(cache), capture_output=True, text=True, check=False
+        [sys.executable, "-m", "ftrun", *words],
+        env=sides.environment(cache),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         raise Failed(f"ftrun {' '.join(words)}: {(done.stderr or done.stdout).strip()[-800:]}")

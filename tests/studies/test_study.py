@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -71,9 +72,14 @@ def test_the_same_command_has_the_same_folder_and_another_one_another() -> None:
     ],
 )
 def test_mistakes(typed: list[str], said: str) -> None:
-    with pytest.raises(UserError, match=said.replace("(", r"\(").replace(".", r"\.")):
-        study = read_study(typed)
-        study.search.load().Search(study.search.typed(), study.axes, study.fixed)
+    with pytest.raises(UserError, match=re.escape(said)):
+        made(typed)
+
+
+def made(typed: list[str]) -> object:
+    """The search of a study."""
+    study = read_study(typed)
+    return study.search.load().Search(study.search.typed(), study.axes, study.fixed)
 
 
 def test_another_study_in_the_folder_is_refused_with_the_difference(tmp_path: Path) -> None:
