@@ -67,7 +67,12 @@ def plan(overrides: Sequence[str], config_dirs: Sequence[Path] = (), format: str
     plans = [driver.plans[key] for key in keys]
     total = driver.total(plans)
     peak = max((row["needed_bytes"] for row in rows if row["fits"]), default=0)
-    summary = {"points": len(rows), "jobs": len(keys), "fit": sum(bool(r["fits"]) for r in rows), "seconds": total}
+    summary: dict[str, Any] = {
+        "points": len(rows),
+        "jobs": len(keys),
+        "fit": sum(bool(r["fits"]) for r in rows),
+        "seconds": total,
+    }
     summary |= {
         "needed_bytes": peak,
         "at_once": launcher.width,

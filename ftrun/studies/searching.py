@@ -58,7 +58,7 @@ class Search(ABC):
 
     rungs: steps at which trials are evaluated besides what their jobs say. depends: whether what is asked for depends
     on what was told, so that a study that goes on must hear everything again in the order in which it happened.
-    whether it is then not told of trials that failed: they are tried again.
+    retries: whether it is then not told of trials that failed: they are tried again.
     """
 
     depends: ClassVar[bool] = False

@@ -46,7 +46,8 @@ class Search(Base):
 
 def draws(axes: Sequence[Axis], count: int, seed: int) -> list[Mapping[str, str]]:
     """`count` different points, fewer where the axes have no more."""
-    rng, found = random.Random(seed), {}
+    rng = random.Random(seed)
+    found: dict[tuple[str, ...], Mapping[str, str]] = {}
     for _ in range(_TRIES * count):
         point = {axis.key: draw(axis, rng) for axis in axes}
         found.setdefault(tuple(point.values()), point)
