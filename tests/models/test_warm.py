@@ -14,13 +14,12 @@ from ftrun.models.warm import Shelf
 def test_any_one_element_changes_the_checksum(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(0)
     whole = torch.randint(0, 2, shape, generator=generator).to(dtype)
-    sums = {checksum(whole)}
+    before = checksum(whole)
     for place in range(whole.numel()):
         changed = whole.clone()
         flat = changed.view(-1)
         flat[place] = 1 - flat[place] if dtype != torch.bool else not flat[place]
-        sums.add(checksum(changed))
-    assert len(sums) == whole.numel() + 1
+        assert checksum(changed) != before, place
 
 
 def test_the_checksum_is_of_values_in_order() -> None:
