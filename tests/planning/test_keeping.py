@@ -16,7 +16,7 @@ from ftrun.planning.settle import rows_of_seq_len
 from ftrun.planning.twin import Twin
 from ftrun.report.plan_text import _head
 from ftrun.runs import cache_dir
-from ftrun.tasks import session
+from ftrun.tasks import shared
 from ftrun.tasks import train as train_task
 from ftrun.tasks.plan import Planning
 from tests.jobs import tiny_base, tiny_job
@@ -81,13 +81,13 @@ def test_a_run_measures_what_was_planned(
     tiny_base(tmp_path / "llama", "llama", num_hidden_layers=4, **WIDE)
     rows = [{"question": "a " * 100, "answer": f"{'b ' * 50} {n}"} for n in range(10, 26)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    own = session.settle_keeping
+    own = shared.settle_keeping
 
     def settled(*args: Any) -> Any:
         """The same lengths in every step: any is the largest."""
         return dataclasses.replace(own(*args), largest_step=step)
 
-    monkeypatch.setattr(session, "settle_keeping", settled)
+    monkeypatch.setattr(shared, "settle_keeping", settled)
     common = ("layers=last:2", "batch=8", "epochs=3", "eval=none", "data.held_out=0", "seq_len=384", "log=none")
     train_task.run(tiny_job(tmp_path, *more, *common, f"keep_prefix={where}"))
     memory = json.loads((tmp_path / "run" / "result.json").read_text())["memory"]
