@@ -9,6 +9,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from ftrun.compose import sweep
 from ftrun.errors import UserError
 from ftrun.shell import as_override, escape, parse, plain, quote, unquote
 
@@ -162,9 +163,13 @@ def test_what_is_no_override(argument: str, said: str) -> None:
     assert len(str(caught.value)) < 500
 
 
-def test_an_interval_cannot_be_swept() -> None:
+def test_an_interval_has_no_points_of_its_own() -> None:
+    (one,) = parse(["lr=tag(log,interval(1e-5,1))"], multirun=True)
+    assert (one.points, one.interval.start, one.interval.end, one.interval.tags) == ((), 1e-5, 1, {"log"})
     with pytest.raises(UserError, match="interval"):
-        parse(["lr=interval(0,1)"], multirun=True)
+        sweep(["lr=interval(0,1)"])
+    with pytest.raises(UserError, match="-m"):
+        parse(["lr=interval(0,1)"], multirun=False)
 
 
 def test_of_a_key_given_twice_the_last_rules() -> None:

@@ -38,7 +38,12 @@ def started(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
     """The command, at work in a session of its own."""
     with log.open("ab") as said:
         command = [sys.executable, "-m", "ftrun", *arguments]
-        return subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
+        # a shell that put the tests in the background has them ignore Ctrl-C, and what they start with them
+        heard = signal.signal(signal.SIGINT, signal.SIG_DFL)
+        try:
+            return subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
+        finally:
+            signal.signal(signal.SIGINT, heard)
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
