@@ -90,7 +90,10 @@ class Worker:
         with open(os.devnull, "w", encoding="utf-8") as nowhere:
             status, reason, _ = _guarded(lambda: carry_out(job, Console(file=nowhere), self.shared, watch))
         if status == "stopped" and not self.channel.stopped():
-            status, reason = ("pruned", None) if watch.pruned else ("paused", None)
+            if watch.pruned:
+                status, reason = "pruned", None
+            elif until is not None and steps_done(Path(str(job.out))) >= until:
+                status, reason = "paused", None  # what else stops a run is a signal: it is not where it was to be
         return {"event": "ended", "status": status, "reason": reason, **self._proof()}
 
     def probe(self, request: Mapping[str, Any]) -> dict[str, Any]:
