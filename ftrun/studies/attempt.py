@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from ftrun import lock
+from ftrun.dialogue import is_end, read_lines, stop_asked
 from ftrun.errors import UserError
 from ftrun.studies.worker import COMMAND, cause
-from ftrun.tasks.channel import is_end, read_lines, stop_asked
 
 _FREE = 60.0  # seconds that the process of an earlier attempt has to leave the run's folder
 _GRACE = 60.0  # seconds that a run has to save what it has when the time is nearly up; submitit warns 90 ahead

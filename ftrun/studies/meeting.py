@@ -1,8 +1,4 @@
-"""Where a study and its workers elsewhere meet: files in the study's folder, which all of them see.
-
-    tasks/NAME.json          what is to be done
-    tasks/NAME.events.jsonl  what workers tell: each attempt's events after those of the one before
-    tasks/NAME.verdict       the answers to rungs, a line each       tasks/NAME.stop    save a checkpoint and end
+"""Where a study and its workers elsewhere meet: its folder's `tasks`, one end of what ftrun/dialogue.py describes.
 
 The other end is InFiles of ftrun/tasks/channel.py.
 """
@@ -16,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ftrun.beside import replace_text
+from ftrun.dialogue import add_line, is_end, read_lines
 from ftrun.runs import read_json
 from ftrun.studies.launching import Event, Task
-from ftrun.tasks.channel import add_line, is_end, read_lines
 
 _BESIDE = (".events.jsonl", ".verdict", ".stop")
 # what may differ between a request and the same one of an earlier study's life
@@ -101,7 +97,7 @@ class Meeting:
         one = self._watched.get(id)
         events = [] if one is None else self._news(one)
         if one is not None and id in self._watched:
-            status = "stopped" if one.stopped else "failed"
+            status, reason = "stopped" if one.stopped else "failed", f"{reason}{_often(one.attempt)}"
             events.append(Event(id, "ended", {"status": status, "reason": reason, "lost": True}))
             self.forget(id)
         return events
@@ -170,6 +166,10 @@ class Meeting:
             count += 1
             path = self.folder / f"{name}-again{count}.json"
         return path
+
+
+def _often(attempts: int) -> str:
+    return f" (in attempt {attempts})" if attempts > 1 else ""
 
 
 def _same(request: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import json
 import os
@@ -16,6 +15,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
+
+from ftrun.dialogue import add_line, attempts, read_lines, stop_asked
 
 _PDEATHSIG = 1  # Linux's prctl: the signal that comes when the parent dies
 _LOOK = 0.1  # seconds between two looks at a file
@@ -140,52 +141,6 @@ class InFiles:
 
     def stopped(self) -> bool:
         return self._warned.is_set() or stop_asked(self._task)
-
-
-def stop_asked(task: Path) -> bool:
-    """Whether the one who asked for the task of the file TASK.json wants it to save and end."""
-    return task.with_suffix(".stop").exists()
-
-
-def is_end(event: Mapping[str, Any], asked: bool) -> bool:
-    """Whether an event ends its task. One that was stopped and not by us (`asked`) goes on in another attempt."""
-    return event.get("event") == "ended" and (asked or event.get("status") != "stopped")
-
-
-def attempts(events: Path) -> int:
-    """How often a task has been begun, by its events."""
-    return sum(event.get("event") == "attempt" for event in read_lines(events)[0])
-
-
-def add_line(path: Path, content: Mapping[str, Any]) -> None:
-    """One more JSON object on a line of its own, on disk when this returns. Raises OSError.
-
-    Appended, not renamed into place: a network's file system shows another machine what is new in a file at its next
-    look, a new file under an old name only after a while.
-    """
-    line = json.dumps(content, default=str).encode() + b"\n"
-    with path.open("ab+") as file:
-        if file.tell():  # a killed process may have left its last line torn
-            file.seek(-1, os.SEEK_END)
-            line = line if file.read(1) == b"\n" else b"\n" + line
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_lines(path: Path, start: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """(the JSON objects on the whole lines from byte `start` on, the byte after them); what is damaged is left out."""
-    try:
-        with path.open("rb") as file:
-            file.seek(start)
-            whole, newline, _ = file.read().rpartition(b"\n")
-    except OSError:
-        return [], start
-    rows = []
-    for line in whole.splitlines():
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict)], start + len(whole) + len(newline)
 
 
 def die_with_parent(parent: int | None = None) -> None:

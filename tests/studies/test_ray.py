@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ftrun.studies.launchers import ray
+from ftrun.studies.launching import Task
 from tests.studies.small import alive, descendants, ftrun, kill_all, started, typed, wait_for
 from tests.studies.test_run import ends, table
 from tests.studies.test_slurm import attempts, finished
@@ -74,3 +81,46 @@ def test_eight_jobs_over_two_workers_that_are_killed(tmp_path: Path) -> None:
     for killed in (first, second):
         assert "resumed after step" in (killed["run"] / "log.txt").read_text()
     assert len({e["key"] for e in ends(study) if e["status"] == "finished"}) == 8
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a cluster that was there before: two CPUs, and a card that only Ray believes in."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    with socket.socket() as one, socket.socket() as other:
+        for free in (one, other):
+            free.bind(("127.0.0.1", 0))
+        port, client = one.getsockname()[1], other.getsockname()[1]
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", f"--port={port}", "--block"]
+    command += ["--num-cpus=2", "--num-gpus=1", "--include-dashboard=false", "--disable-usage-stats"]
+    with (tmp_path / "cluster.log").open("wb") as log:
+        head = subprocess.Popen([*command, f"--ray-client-server-port={client}"], stdout=log, stderr=log)
+    wait_for(lambda: b"Ray runtime started" in (tmp_path / "cluster.log").read_bytes())
+    children = descendants(head.pid)
+    yield f"127.0.0.1:{port}"
+    head.terminate()
+    head.wait()
+    wait_for(lambda: not any(alive(p) for p in children), 30)
+
+
+def test_a_running_cluster_by_its_address(tmp_path: Path, cluster: str) -> None:
+    own = ("launcher=ray", f"launcher.address={cluster}", "launcher.cpus=1")
+    done = ftrun(typed(tmp_path, "device=cpu,a100-80gb", *own))
+    assert done.returncode == 0, done.stderr
+    rows = {r["device"]: r for r in table(tmp_path / "study")}
+    assert rows["cpu"]["status"] == "finished"
+    assert rows["a100-80gb"]["status"] == "invalid"  # planned here, sent to the card, and told that there is none
+    assert "not on this machine" in rows["a100-80gb"]["reason"]
+
+    anything = ftrun(typed(tmp_path, "rank=2,4", "device=auto", f"out={tmp_path / 'auto'}", *own))
+    assert anything.returncode == 2
+    assert "device=auto: this machine has no CUDA device to plan for" in anything.stderr
+
+
+@pytest.mark.parametrize(("share", "gpus"), [(0.01, 0.05), (0.05, 0.05), (0.31, 0.35), (0.35, 0.35), (1.0, 1.0)])
+def test_a_card_is_shared_by_the_plan(tmp_path: Path, share: float, gpus: float) -> None:
+    launcher = ray.Launcher(ray.Options(), tmp_path)
+    launcher.devices["abc"] = {"type": "cuda", "usable_bytes": 80_000_000_000}
+    demand = launcher._demand(Task("0", "train", "abc", {}, bytes=int(share * 80e9), share=share))
+    assert demand == {"CPU": 1, "GPU": gpus, "memory": 0}

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from ftrun.dialogue import read_lines
 from ftrun.runs import read_json
-from ftrun.tasks.channel import read_lines
 from tests.studies.scheduler import submissions, with_slurm
 from tests.studies.small import alive, descendants, ftrun, kill_all, started, typed, wait_for
 from tests.studies.test_run import ends, table

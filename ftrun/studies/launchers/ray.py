@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import math
 import os
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,28 +113,29 @@ class Launcher(Elsewhere):
         """Start the cluster, or connect to the running one. task: the first one of a cluster of this machine."""
         if self._ray is not None:
             return
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is imported
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # a task without a GPU sees none
+        _prepare(own=not self.other)
         import ray
 
         quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+        before = set(_children())
         try:
             if self.other:
                 ray.init(self.options.address, **quiet)
             else:
-                before = set(_children())
                 ray.init("local", **quiet, include_dashboard=False, **self._machine(task))
-                # what Ray starts here dies with this process, but for its agents: they try for a minute to tell of it
-                self._watchman = Watchman(set(_children()) - before)
         except (ConnectionError, RuntimeError, ValueError) as error:
             where = f"launcher.address={self.options.address}" if self.other else "launcher=ray"
-            raise UserError(f"{where}: no cluster: {str(error).splitlines()[0]}") from error
-        with contextlib.suppress(ImportError):  # each lost attempt at length on standard output; it is told of here
-            from ray._private import worker
-
-            worker.print_to_stdstream = _silent
+            hint = "; one that asks for a token: RAY_AUTH_MODE=token, RAY_AUTH_TOKEN" if self.other else ""
+            raise UserError(f"{where}: no cluster: {str(error).splitlines()[0]}{hint}") from error
+        if not self.other:
+            # what Ray starts here dies with this process, but for its agents: they try for a minute to tell of it
+            self._watchman = Watchman(set(_children()) - before)
         self._ray = ray
-        self._nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+        self._look_round()
+
+    def _look_round(self) -> None:
+        """What the nodes of the cluster have."""
+        self._nodes = [dict(node["Resources"]) for node in self._ray.nodes() if node["Alive"]]
 
     def _machine(self, task: Task | None) -> dict[str, Any]:
         """What a cluster of this machine has: its memory is what plans are held against."""
@@ -159,11 +161,10 @@ class Launcher(Elsewhere):
         """None, or why a task that has ended could not tell how."""
         try:
             self._ray.get(ref)
+        except self._ray.exceptions.RayTaskError as error:  # a traceback, its last line the error
+            return str(error).strip().splitlines()[-1].rpartition("AttemptLost: ")[2][:300]
         except self._ray.exceptions.RayError as error:
-            inner = getattr(error, "cause", None)
-            text = str(inner) if isinstance(inner, AttemptLost) else f"{type(error).__name__}: {error}"
-            tries = f" ({self.options.retries + 1} attempts)" if self.options.retries else ""
-            return text.strip().splitlines()[0][:300] + tries
+            return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"[:300]
         return None
 
     # --- what a task needs ---
@@ -190,7 +191,7 @@ class Launcher(Elsewhere):
 
     def _warn(self, demand: Mapping[str, float]) -> None:
         """Say once that no node has what a task needs: a cluster that grows may get one, another waits for ever."""
-        self._nodes = [dict(node["Resources"]) for node in self._ray.nodes() if node["Alive"]]
+        self._look_round()
         if any(all(node.get(k, 0) >= v for k, v in demand.items()) for node in self._nodes):
             return
         words = f"{demand['CPU']:g} CPUs and {demand['GPU']:g} GPUs"
@@ -201,8 +202,25 @@ class Launcher(Elsewhere):
             say(f"warning: no node of the cluster has {words} now: such a task waits until one joins")
 
 
+def _prepare(own: bool) -> None:
+    """Ray's environment, which it reads when it is imported; what the user has set stays. own: a cluster of ours."""
+    defaults = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a task without a GPU of its own sees none
+        "RAY_CLIENT_RECONNECT_GRACE_PERIOD": "20",  # seconds that tasks at work outlive a study that came by ray://
+    }
+    if own and "RAY_AUTH_MODE" not in os.environ:  # else Ray leaves a token in the user's home
+        defaults |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    with contextlib.suppress(ImportError):  # it tells of each lost attempt at length on standard output
+        from ray._private import worker
+
+        worker.print_to_stdstream = _silent
+
+
 def _silent(*told: Any, **more: Any) -> None:
-    """Print nothing."""
+    """Print nothing: the attempts are told of by their events."""
 
 
 def _children() -> list[psutil.Process]:
