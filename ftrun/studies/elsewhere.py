@@ -116,6 +116,14 @@ class Elsewhere(Launcher):
         """Whether the task's plan is for a CUDA device."""
         return bool(self.devices.get(task.key, {}).get("type") == "cuda")
 
+    def check_device(self, task: Task) -> None:
+        """UserError where a job takes whatever device there is, and the one that was planned for is not there."""
+        if self.other and task.request["tree"]["device"].get("type") == "auto" and not self.on_cuda(task):
+            raise UserError(
+                "device=auto: this machine has no CUDA device to plan for, and the jobs run on others; name what those "
+                "have: device=cpu, a100-80gb, h100, …"
+            )
+
     # --- within ---
 
     def _planned(self) -> list[Event]:
@@ -124,14 +132,6 @@ class Elsewhere(Launcher):
             if event.kind == "planned" and (device := event.values.get("device")):
                 self.devices[self._keys[event.id]] = device
         return events
-
-    def check_device(self, task: Task) -> None:
-        """UserError where a job takes whatever device there is, and the one that was planned for is not there."""
-        if self.other and task.request["tree"]["device"].get("type") == "auto" and not self.on_cuda(task):
-            raise UserError(
-                "device=auto: this machine has no CUDA device to plan for, and the jobs run on others; name what those "
-                "have: device=cpu, a100-80gb, h100, …"
-            )
 
     def _lost(self) -> list[Event]:
         """Tasks that ended without telling."""

@@ -38,20 +38,20 @@ class Jobs:
         self.tries[id] += 1
         self.add(id, name, job)
 
-    def adopt(self, id: str, name: str) -> bool:
-        """Whether a job on record does this task; it is then followed."""
-        from submitit import SlurmJob
+    def knows(self, name: str) -> bool:
+        """Whether a job of an earlier life is on record for a task's file."""
+        return name in self._record
 
-        there = self._record.get(name)
-        if there is None:
-            return False
-        self.tries[id] = int(there["tries"])
-        self.of[id], self._names[id] = SlurmJob(self.folder, str(there["job"])), name
-        return True
+    def adopt(self, id: str, name: str) -> None:
+        """Follow the job on record."""
+        self.tries[id] = int(self._record[name]["tries"])
+        self.of[id], self._names[id] = self._recorded(name), name
 
-    def has(self, id: str) -> bool:
-        """Whether a task has a job."""
-        return id in self.of
+    def displace(self, name: str) -> None:
+        """End the job on record: another one takes its place."""
+        with contextlib.suppress(OSError):
+            self._recorded(name).cancel(check=False)
+        self._note(name, None)
 
     def over(self) -> dict[str, str | None]:
         """Jobs that have ended -> None where they came to the end of their task, else what is known of why not."""
@@ -84,6 +84,11 @@ class Jobs:
         if job.paths.result_pickle.exists():
             return True
         return bool(job.watcher.is_done(job.job_id, mode="cache"))
+
+    def _recorded(self, name: str) -> Any:
+        from submitit import SlurmJob
+
+        return SlurmJob(self.folder, str(self._record[name]["job"]))
 
     def _note(self, name: str, entry: dict[str, Any] | None) -> None:
         if not self._keeps or (entry is None and name not in self._record):

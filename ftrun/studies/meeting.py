@@ -47,29 +47,39 @@ class Meeting:
         self.folder, self._say = folder, say
         self._watched: dict[str, Watched] = {}
 
+    def file(self, task: Task) -> Path:
+        """The task's file: the same for the same task, whatever its number is this time."""
+        until = task.request.get("until")
+        name = f"{task.do}-{task.key}" + ("" if until is None else f"-{until}")
+        taken, path, count = {w.path for w in self._watched.values()}, self.folder / f"{name}.json", 1
+        while path in taken:
+            count += 1
+            path = self.folder / f"{name}-again{count}.json"
+        return path
+
     def place(self, task: Task, request: Mapping[str, Any]) -> Path:
         """Write a task's file, nothing left of an earlier one; returns it. Its events are heard from now on."""
-        path = self._path(task)
+        path = self.file(task)
         for suffix in _BESIDE:
             path.with_suffix(suffix).unlink(missing_ok=True)
         replace_text(path, json.dumps(request, default=str))
-        path.with_suffix(
-            ".verdict"
-        ).touch()  # a name that a network's file system has missed once is missed for a while
+        # there from the start: a name that a network's file system has once missed is missed for a while
+        path.with_suffix(".verdict").touch()
         self._watched[task.id] = Watched(task.id, path, Path(request["tree"]["out"]).name)
         return path
 
     def adopt(self, task: Task, request: Mapping[str, Any]) -> Path | None:
         """The file of the same task from an earlier life of the study, heard from its first event on; None if none."""
-        path = self._path(task)
+        path = self.file(task)
         there = read_json(path)
         if there is None or _same(there) != _same(json.loads(json.dumps(request, default=str))):
             return None
         path.with_suffix(".stop").unlink(missing_ok=True)
         one = self._watched[task.id] = Watched(task.id, path, Path(request["tree"]["out"]).name)
         for line in read_lines(path.with_suffix(".verdict"))[0]:
-            one.answers[line["step"]] = line["go"]
-            one.answered.add((line["attempt"], line["step"]))
+            if line.keys() >= {"attempt", "step", "go"}:
+                one.answers[line["step"]] = line["go"]
+                one.answered.add((line["attempt"], line["step"]))
         return path
 
     def hear(self) -> list[Event]:
@@ -156,16 +166,6 @@ class Meeting:
         one.answers[step] = go
         one.answered.add((attempt, step))
         add_line(one.path.with_suffix(".verdict"), {"attempt": attempt, "step": step, "go": go})
-
-    def _path(self, task: Task) -> Path:
-        """The task's file: the same for the same task, whatever its number is this time."""
-        until = task.request.get("until")
-        name = f"{task.do}-{task.key}" + ("" if until is None else f"-{until}")
-        taken, path, count = {w.path for w in self._watched.values()}, self.folder / f"{name}.json", 1
-        while path in taken:
-            count += 1
-            path = self.folder / f"{name}-again{count}.json"
-        return path
 
 
 def _often(attempts: int) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from ftrun.errors import UserError
+from ftrun.errors import RunFailed, UserError
 from ftrun.schema import option
 from ftrun.studies.attempt import Attempt, AttemptLost
 from ftrun.studies.elsewhere import Elsewhere, cores, say
@@ -87,7 +87,10 @@ class Launcher(Elsewhere):
     def _ended(self) -> dict[str, str | None]:
         if not self._refs:
             return {}
-        done, _ = self._ray.wait(list(self._refs), num_returns=len(self._refs), timeout=0)
+        try:
+            done, _ = self._ray.wait(list(self._refs), num_returns=len(self._refs), timeout=0)
+        except ConnectionError as error:
+            raise RunFailed(f"launcher.address={self.options.address}: the cluster is gone: {error}") from error
         return {self._refs.pop(ref): self._reason(ref) for ref in done}
 
     def _drop(self, task: Task) -> None:

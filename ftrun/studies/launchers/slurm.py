@@ -78,19 +78,19 @@ class Launcher(Elsewhere):
         super().stop()
 
     def _start(self, tasks: list[Task]) -> list[Task]:
+        self._tidy()
         for task in tasks:
             self.check_device(task)
         if not self.options.submit:
             self._write(tasks)
         tasks = [task for task in tasks if not self._adopt(task)]
         room = self._room(len(tasks))
-        if room:
-            self._send(tasks[:room])
+        for batch in self._alike(tasks[:room]):
+            self._send(batch)
         return tasks[room:]
 
     def _ended(self) -> dict[str, str | None]:
-        for id in [id for id in self._jobs.of if not self.meeting.is_out(id)]:
-            self._jobs.remove(id)
+        self._tidy()
         over = self._jobs.over()
         lost = [id for id, reason in over.items() if reason is not None]
         if lost:
@@ -101,14 +101,18 @@ class Launcher(Elsewhere):
                 self._again(id, str(over.pop(id)))
         return over
 
+    def _tidy(self) -> None:
+        """Jobs whose tasks have ended are off the record once the study has been told."""
+        for id in [id for id in self._jobs.of if not self.meeting.is_out(id)]:
+            self._jobs.remove(id)
+
     def _drop(self, task: Task) -> None:
         self._jobs.cancel(task.id)
 
     def _end(self) -> None:
-        for id in list(self._jobs.of):
-            if not self.meeting.is_out(id):
-                self._jobs.remove(id)
-            elif self._stopped or not self.other:  # else they go on, and a study that is started again finds them
+        self._tidy()
+        if self._stopped or not self.other:  # else they go on, and a study that is started again finds them
+            for id in list(self._jobs.of):
                 self._jobs.cancel(id)
 
     # --- submission ---
@@ -119,6 +123,11 @@ class Launcher(Elsewhere):
         if self.other and (self.options.array is None or not out):
             return min(asked, _MOST)  # an array holds its own limit
         return min(asked, max(0, self.width - out))
+
+    def _alike(self, tasks: Sequence[Task]) -> list[list[Task]]:
+        """Those for cards and those for CPUs: an array asks for the same for all its jobs."""
+        kinds = ([t for t in tasks if self.on_cuda(t)], [t for t in tasks if not self.on_cuda(t)])
+        return [kind for kind in kinds if kind]
 
     def _send(self, tasks: Sequence[Task]) -> None:
         """One submission, an array where there are several."""
@@ -155,12 +164,13 @@ class Launcher(Elsewhere):
 
     def _adopt(self, task: Task) -> bool:
         """Whether the job of an earlier life of this study does the task."""
-        path = self.meeting.adopt(task, self.request(task, 0)) if self.other else None
-        if path is None:
+        name = self.meeting.file(task).stem
+        if not self._jobs.knows(name):
             return False
-        if not self._jobs.adopt(task.id, path.stem):
-            self.meeting.forget(task.id)
+        if self.meeting.adopt(task, self.request(task, 0)) is None:  # it does something else by the same name
+            self._jobs.displace(name)
             return False
+        self._jobs.adopt(task.id, name)
         self.tasks[task.id] = task
         return True
 
@@ -176,7 +186,7 @@ class Launcher(Elsewhere):
             "ntasks_per_node": 1,
             "cpus_per_task": options.cpus_per_task,
             "gpus_per_node": self._gpus(tasks[0]) or None,
-            "mem": f"{max(self._host_bytes(task) for task in tasks) / 2**20:.0f}M",
+            "mem": f"{math.ceil(max(self._host_bytes(task) for task in tasks) / 2**20)}M",
             "partition": options.partition,
             "account": options.account,
             "constraint": options.constraint,
@@ -197,8 +207,8 @@ class Launcher(Elsewhere):
 
     def _write(self, tasks: Sequence[Task]) -> None:
         """The files that sbatch would be given; ends the study there."""
-        for number, start in enumerate(range(0, len(tasks), _MOST), start=1):
-            batch = tasks[start : start + _MOST]
+        parts = [tasks[start : start + _MOST] for start in range(0, len(tasks), _MOST)]
+        for number, batch in enumerate((b for part in parts for b in self._alike(part)), start=1):
             paths = [self.place(task, self.options.cpus_per_task) for task in batch]
             file = write(self._logs / f"tasks-{number}.sh", self._sbatch(batch), paths)
             print(f"sbatch {shlex.quote(str(file))}    # {len(batch)} jobs; their runs: {self.folder / 'runs'}")
