@@ -77,12 +77,7 @@ class Worker:
         if code is None:
             self.kill()
             return "the worker closed its pipe and did not end"
-        if code >= 0:
-            return f"the worker ended with exit code {code}: {self._last_words()}"
-        names = {-signal.SIGKILL: "killed (SIGKILL): out of memory, or by hand", -signal.SIGSEGV: "SIGSEGV"}
-        with contextlib.suppress(ValueError):
-            return f"the worker died: {names.get(code) or signal.Signals(-code).name}"
-        return f"the worker died: signal {-code}"
+        return f"the worker {cause(code)}{f': {self._last_words()}' if code >= 0 else ''}"
 
     def kill(self) -> None:
         """End the process at once."""
@@ -111,3 +106,13 @@ class Worker:
     def _last_words(self) -> str:
         lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         return lines[-1][:300] if lines else "it said nothing"
+
+
+def cause(code: int) -> str:
+    """How a process ended, by its exit code, in words that follow a noun."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    names = {-signal.SIGKILL: "killed (SIGKILL): out of memory, or by hand", -signal.SIGSEGV: "SIGSEGV"}
+    with contextlib.suppress(ValueError):
+        return f"died: {names.get(code) or signal.Signals(-code).name}"
+    return f"died: signal {-code}"

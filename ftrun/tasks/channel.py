@@ -7,6 +7,7 @@ import json
 import os
 import queue
 import signal
+import socket
 import sys
 import threading
 import time
@@ -15,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from ftrun.beside import replace_text
+from ftrun.dialogue import add_line, attempts, read_lines, stop_asked
 
 _PDEATHSIG = 1  # Linux's prctl: the signal that comes when the parent dies
 _LOOK = 0.1  # seconds between two looks at a file
@@ -93,64 +94,64 @@ class OnPipes:
 
 
 class InFiles:
-    """TASK.json, TASK.events.jsonl, TASK.verdict and TASK.stop, all in one folder."""
+    """TASK.json, TASK.events.jsonl, TASK.verdict and TASK.stop, all in one folder.
+
+    A task may be tried again where its process was lost: each attempt begins with an event "attempt". SIGUSR1 and
+    SIGUSR2 are a scheduler's warning that the time is nearly up: the task saves what it has and ends as stopped.
+    FTRUN_PARENT holds the number of the process to die with, this one's parent.
+    """
 
     def __init__(self, task: Path) -> None:
         self._task = task
         self._events = task.with_suffix(".events.jsonl")
+        self._attempt = attempts(self._events) + 1
         self._asked = 0
+        self._warned = threading.Event()
 
     def __enter__(self) -> InFiles:
-        if os.environ.get("FTRUN_PARENT"):
-            die_with_parent()
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, lambda *_: self._warned.set())
+        if parent := os.environ.get("FTRUN_PARENT"):
+            die_with_parent(int(parent))
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one who asks decides
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Nothing is open."""
 
     def requests(self) -> Iterator[dict[str, Any]]:
-        yield json.loads(self._task.read_text(encoding="utf-8"))
+        request = json.loads(self._task.read_text(encoding="utf-8"))
+        where = {"host": socket.gethostname(), "pid": os.getpid()}
+        self.send({"event": "attempt", "id": request["id"], "number": self._attempt, **where})
+        yield request
 
     def send(self, reply: Mapping[str, Any]) -> None:
-        with self._events.open("ab") as file:
-            file.write(json.dumps(reply, default=str).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        add_line(self._events, reply)
 
     def verdict(self, name: str) -> bool:
-        """The file holds {"answers": [true, …]}: one for each rung of this attempt, in order."""
+        """The answer to this attempt's next rung; True where none comes."""
         self._asked += 1
         path, until = self._task.with_suffix(".verdict"), time.monotonic() + _PATIENCE
         while time.monotonic() < until and not self.stopped():
-            answers = read_answers(path)
+            answers = [bool(a["go"]) for a in read_lines(path)[0] if a.get("attempt") == self._attempt]
             if len(answers) >= self._asked:
                 return answers[self._asked - 1]
             time.sleep(_LOOK)
         return True
 
     def stopped(self) -> bool:
-        return self._task.with_suffix(".stop").exists()
+        return self._warned.is_set() or stop_asked(self._task)
 
 
-def read_answers(path: Path) -> list[bool]:
-    """The verdicts in a file, [] where there is none yet."""
-    try:
-        return [bool(one) for one in json.loads(path.read_text(encoding="utf-8"))["answers"]]
-    except (OSError, ValueError, KeyError):
-        return []
+def die_with_parent(parent: int | None = None) -> None:
+    """From now on this process is killed when its parent dies, however that happens. Linux; elsewhere nothing.
 
-
-def write_answer(path: Path, go: bool) -> None:
-    """One more verdict, the file whole at every instant."""
-    replace_text(path, json.dumps({"answers": [*read_answers(path), go]}))
-
-
-def die_with_parent() -> None:
-    """From now on this process is killed when its parent dies, however that happens. Linux; elsewhere nothing."""
-    parent = os.getppid()
+    parent: its number, where the one that started us has told; a process that has another parent by now ends here.
+    """
+    expected = parent or os.getppid()
     try:
         ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL)
     except (AttributeError, OSError):
         return
-    if os.getppid() != parent or parent == 1:
+    if os.getppid() != expected or (parent is None and expected == 1):
         os._exit(1)  # it died before it could be asked

@@ -1,0 +1,277 @@
+"""Jobs of a Slurm cluster by submitit, those that are asked for together as one job array; or, without Slurm, by
+submitit's local executor."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftrun.errors import UserError
+from ftrun.memory.sizes import parse_size
+from ftrun.schema import option
+from ftrun.studies.attempt import Attempt
+from ftrun.studies.elsewhere import Elsewhere, say
+from ftrun.studies.jobs import Jobs
+from ftrun.studies.launching import Task
+
+_MOST = 1000  # jobs of an array: Slurm's MaxArraySize is 1001 where nobody has set it
+_AT_ONCE = 256  # jobs at once where nobody says: submitit's own limit of an array
+_SPARE = 1.1  # of the planned bytes of the host
+_HOST = {"cpu": 1 << 30, "cuda": 4 << 30}  # bytes beside them: CUDA's libraries and the files that weights come from
+
+
+@dataclass(frozen=True)
+class Options:
+    partition: str | None = option(None, "sbatch --partition; null: the cluster's default")
+    account: str | None = option(None, "sbatch --account; null: the user's default")
+    time: int | str = option(
+        "2h", "a job's time", ge=1, pattern=r"\d+(\.\d+)?(min|h|d)", form="minutes as 90, or time as 90min, 2h, 1d"
+    )
+    gpus_per_node: int | str = option(
+        "auto", "GPUs of a job", ge=0, pattern="auto", form="auto (1, none for device=cpu), or a number of GPUs as 1"
+    )
+    cpus_per_task: int = option(4, "CPUs of a job", ge=1)
+    mem: int | str | None = option(None, "memory of a job's host: bytes, 24GB or 24GiB; null: by its plan")
+    array: int | None = option(None, "jobs at once at most; null: as many as the cluster takes (1 without Slurm)", ge=1)
+    constraint: str | None = option(None, "sbatch --constraint")
+    setup: list[str] = option([], "shell lines before the job's command, [a,b]")
+    extra: dict[str, Any] = option({}, "more options of sbatch, {qos: high, mail-user: …}")
+    cluster: str = option("auto", "where jobs go; auto: Slurm where sbatch is", choices=("auto", "slurm", "local"))
+    retries: int = option(1, "how often a job is tried again that was lost, or ran out of its time", ge=0)
+    submit: bool = option(True, "false: write the files for sbatch, say the command, and end")
+
+    def __post_init__(self) -> None:
+        if self.mem is not None:
+            parse_size(self.mem, "launcher.mem")
+
+
+class Launcher(Elsewhere):
+    """submitit's files go to STUDY/slurm/. Slurm's jobs outlive a study that is killed: it finds them again."""
+
+    def __init__(self, options: Options, folder: Path) -> None:
+        super().__init__(options, folder)
+        if importlib.util.find_spec("submitit") is None:
+            raise UserError("launcher=slurm: submitit is not installed here. Install it by: pip install 'ftrun[slurm]'")
+        self._logs = self.folder / "slurm"
+        self._cluster = _cluster(options)
+        self.other = self._cluster == "slurm"
+        self._jobs = Jobs(self._logs, keeps=self.other)
+        self._stopped = False
+
+    @property
+    def width(self) -> int:
+        return int(self.options.array or (_AT_ONCE if self.other else 1))
+
+    def stop(self) -> None:
+        self._stopped = True
+        super().stop()
+
+    def _start(self, tasks: list[Task]) -> list[Task]:
+        self._tidy()
+        for task in tasks:
+            self.check_device(task)
+        if not self.options.submit:
+            self._write(tasks)
+        tasks = [task for task in tasks if not self._adopt(task)]
+        room = self._room(len(tasks))
+        for batch in self._alike(tasks[:room]):
+            self._send(batch)
+        return tasks[room:]
+
+    def _ended(self) -> dict[str, str | None]:
+        self._tidy()
+        over = self._jobs.over()
+        lost = [id for id, reason in over.items() if reason is not None]
+        if lost:
+            self.listen()  # what they told last may be their end
+        for id in lost:
+            tries = self._jobs.tries[id]
+            if self.meeting.is_out(id) and not self._stopped and tries < self.options.retries:
+                self._again(id, str(over.pop(id)))
+        return over
+
+    def _tidy(self) -> None:
+        """Jobs whose tasks have ended are off the record once the study has been told."""
+        for id in [id for id in self._jobs.of if not self.meeting.is_out(id)]:
+            self._jobs.remove(id)
+
+    def _drop(self, task: Task) -> None:
+        self._jobs.cancel(task.id)
+
+    def _end(self) -> None:
+        self._tidy()
+        if self._stopped or not self.other:  # else they go on, and a study that is started again finds them
+            for id in list(self._jobs.of):
+                self._jobs.cancel(id)
+
+    # --- submission ---
+
+    def _room(self, asked: int) -> int:
+        """How many of the tasks that are asked for go now."""
+        out = len(self._jobs.of)
+        if self.other and (self.options.array is None or not out):
+            return min(asked, _MOST)  # an array holds its own limit
+        return min(asked, max(0, self.width - out))
+
+    def _alike(self, tasks: Sequence[Task]) -> list[list[Task]]:
+        """Those for cards and those for CPUs: an array asks for the same for all its jobs."""
+        kinds = ([t for t in tasks if self.on_cuda(t)], [t for t in tasks if not self.on_cuda(t)])
+        return [kind for kind in kinds if kind]
+
+    def _send(self, tasks: Sequence[Task]) -> None:
+        """One submission, an array where there are several."""
+        paths = [self.place(task, self.options.cpus_per_task) for task in tasks]
+        for task, path, job in zip(tasks, paths, self._submit(tasks, paths), strict=True):
+            self._jobs.add(task.id, path.stem, job)
+
+    def _again(self, id: str, reason: str) -> None:
+        """A lost job once more, in the same folders."""
+        say(f"{self.meeting.run(id)}: {reason}; tried again")
+        self._jobs.cancel(id, keep=True)  # the cluster may have it in mind to start it again by itself
+        (job,) = self._submit([self.tasks[id]], [self.meeting.path(id)])
+        self._jobs.again(id, self.meeting.path(id).stem, job)
+
+    def _submit(self, tasks: Sequence[Task], paths: Sequence[Path]) -> list[Any]:
+        import submitit
+
+        retries = {f"{name}_max_num_timeout": self.options.retries for name in ("slurm", "local")}
+        parent = None if self.other else os.getpid()
+        try:
+            executor = submitit.AutoExecutor(self._logs, self._cluster, **retries)
+            sbatch = self._sbatch(tasks)
+            executor.update_parameters(
+                **{f"slurm_{key}": value for key, value in sbatch.items()},
+                timeout_min=sbatch["time"],
+                gpus_per_node=sbatch["gpus_per_node"],
+                local_setup=self.options.setup or None,
+            )
+            with _uninterrupted(), executor.batch():
+                return [executor.submit(Attempt(str(path), os.getcwd(), parent=parent)) for path in paths]
+        except (RuntimeError, OSError) as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise UserError(f"launcher=slurm: the jobs could not be submitted: {lines[-1]}") from error
+
+    def _adopt(self, task: Task) -> bool:
+        """Whether the job of an earlier life of this study does the task."""
+        name = self.meeting.file(task).stem
+        if not self._jobs.knows(name):
+            return False
+        if self.meeting.adopt(task, self.request(task, 0)) is None:  # it does something else by the same name
+            self._jobs.displace(name)
+            return False
+        self._jobs.adopt(task.id, name)
+        self.tasks[task.id] = task
+        return True
+
+    # --- what is asked of Slurm ---
+
+    def _sbatch(self, tasks: Sequence[Task]) -> dict[str, Any]:
+        """submitit's names of sbatch's options; None where one is not given."""
+        options = self.options
+        return {
+            "job_name": re.sub(r"[^\w.-]+", "_", f"ftrun-{self.folder.name}"),
+            "time": minutes(options.time),
+            "nodes": 1,
+            "ntasks_per_node": 1,
+            "cpus_per_task": options.cpus_per_task,
+            "gpus_per_node": self._gpus(tasks[0]) or None,
+            "mem": f"{math.ceil(max(self._host_bytes(task) for task in tasks) / 2**20)}M",
+            "partition": options.partition,
+            "account": options.account,
+            "constraint": options.constraint,
+            "array_parallelism": self.width,
+            "setup": options.setup or None,
+            "additional_parameters": {k: v for k, v in options.extra.items() if v is not None} or None,
+        }
+
+    def _gpus(self, task: Task) -> int:
+        if self.options.gpus_per_node != "auto":
+            return int(self.options.gpus_per_node)
+        return int(self.on_cuda(task))
+
+    def _host_bytes(self, task: Task) -> int:
+        if self.options.mem is not None:
+            return parse_size(self.options.mem, "launcher.mem")
+        return math.ceil(_SPARE * task.bytes) + _HOST["cuda" if self.on_cuda(task) else "cpu"]
+
+    def _write(self, tasks: Sequence[Task]) -> None:
+        """The files that sbatch would be given; ends the study there."""
+        parts = [tasks[start : start + _MOST] for start in range(0, len(tasks), _MOST)]
+        for number, batch in enumerate((b for part in parts for b in self._alike(part)), start=1):
+            paths = [self.place(task, self.options.cpus_per_task) for task in batch]
+            file = write(self._logs / f"tasks-{number}.sh", self._sbatch(batch), paths)
+            print(f"sbatch {shlex.quote(str(file))}    # {len(batch)} jobs; their runs: {self.folder / 'runs'}")
+        raise SystemExit(0)
+
+
+def write(file: Path, sbatch: Mapping[str, Any], tasks: Sequence[Path]) -> Path:
+    """A file for sbatch whose jobs do the tasks: the lines that submitit writes, and the workers' own command."""
+    from submitit.slurm.slurm import SlurmExecutor
+
+    class Writer(SlurmExecutor):
+        @classmethod
+        def affinity(cls) -> int:
+            return 1  # a file can be written where there is no Slurm
+
+    command = [sys.executable, "-m", "ftrun.tasks.worker"]
+    if len(tasks) == 1:
+        line = shlex.join([*command, str(tasks[0])])
+    else:
+        names = file.with_suffix(".txt")
+        names.parent.mkdir(parents=True, exist_ok=True)
+        names.write_text("".join(f"{task}\n" for task in tasks), encoding="utf-8")
+        line = f'{shlex.join(command)} "$(sed -n $((SLURM_ARRAY_TASK_ID + 1))p {shlex.quote(str(names))})"'
+    setup = [*(sbatch["setup"] or ()), f"cd {shlex.quote(os.getcwd())}"]
+    writer = Writer(file.parent)
+    writer.update_parameters(**{k: v for k, v in {**sbatch, "setup": setup}.items() if v is not None})
+    if len(tasks) > 1:
+        writer.parameters["map_count"] = len(tasks)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(writer._make_submission_file_text(line, ""), encoding="utf-8")
+    return file
+
+
+def minutes(value: int | str) -> int:
+    """Whole minutes of 90, "90min", "2h" or "1d", at least one."""
+    if isinstance(value, int):
+        return value
+    match = re.fullmatch(r"([\d.]+)(min|h|d)", value)
+    assert match is not None, "the option's pattern"
+    return max(1, math.ceil(float(match[1]) * {"min": 1, "h": 60, "d": 1440}[match[2]]))
+
+
+def _cluster(options: Options) -> str:
+    """slurm or local. Raises UserError where Slurm is asked for and is not here."""
+    there = shutil.which("sbatch") is not None and shutil.which("srun") is not None
+    if not options.submit:
+        return "slurm"
+    if options.cluster == "slurm" and not there:
+        raise UserError("launcher.cluster=slurm: found no sbatch here; launcher.submit=false only writes its files")
+    if options.cluster == "auto" and not there:
+        say("launcher=slurm: found no sbatch here: submitit runs the jobs on this machine, one after the other")
+    return "slurm" if there and options.cluster != "local" else "local"
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """What is started within ignores Ctrl-C of the terminal: this process asks the jobs to stop."""
+    try:
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except ValueError:  # not the main thread: nobody hears signals here
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,165 @@
+"""launcher=slurm: what sbatch is given, jobs that outlive their study and are found again, submitit on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ftrun.dialogue import read_lines
+from ftrun.runs import read_json
+from tests.studies.scheduler import submissions, with_slurm
+from tests.studies.small import alive, descendants, ftrun, kill_all, started, typed, wait_for
+from tests.studies.test_run import ends, table
+
+pytest.importorskip("submitit")
+
+
+def attempts(study: Path) -> dict[str, list[dict[str, Any]]]:
+    """Each task's attempts, by its file's name."""
+    found = {p.name.partition(".")[0]: read_lines(p)[0] for p in (study / "tasks").glob("*.events.jsonl")}
+    return {name: [e for e in told if e["event"] == "attempt"] for name, told in found.items()}
+
+
+def finished(study: Path) -> int:
+    """How many runs are done."""
+    results = [read_json(path) or {} for path in study.glob("runs/*/result.json")]
+    return sum(result.get("status") == "finished" for result in results)
+
+
+def lines(file: Path) -> list[str]:
+    """sbatch's options in a file."""
+    return [line for line in file.read_text().splitlines() if line.startswith("#SBATCH")]
+
+
+def test_the_files_for_sbatch_are_those_that_submitit_writes(tmp_path: Path) -> None:
+    slurm = with_slurm(tmp_path / "slurm")
+    own = [
+        "launcher=slurm",
+        "launcher.partition=short",
+        "launcher.account=lab",
+        "launcher.time=1.5h",
+        "launcher.cpus_per_task=1",
+        "launcher.gpus_per_node=2",
+        "launcher.mem=3GiB",
+        "launcher.array=2",
+        "launcher.constraint=a100",
+        "launcher.extra={qos: high}",
+    ]
+    command = typed(tmp_path, "rank=2,4", "steps=2", *own)
+    written = ftrun([*command, "launcher.submit=false"])
+    assert written.returncode == 0, written.stderr
+    study = tmp_path / "study"
+    file = study / "slurm" / "tasks-1.sh"
+    assert f"sbatch {file}" in written.stdout
+    assert not submissions(tmp_path / "slurm")
+    assert {
+        "#SBATCH --array=0-1%2",
+        "#SBATCH --partition=short",
+        "#SBATCH --account=lab",
+        "#SBATCH --time=90",
+        "#SBATCH --cpus-per-task=1",
+        "#SBATCH --gpus-per-node=2",
+        "#SBATCH --mem=3072M",
+        "#SBATCH --constraint=a100",
+        "#SBATCH --qos=high",
+        "#SBATCH --job-name=ftrun-study",
+    } <= set(lines(file))
+    (line,) = [x for x in written.stdout.splitlines() if x.startswith("sbatch ")]
+    environment = {**os.environ, **slurm}
+    subprocess.run(shlex.split(line, comments=True), check=True, env=environment, stdout=subprocess.DEVNULL)
+    wait_for(lambda: finished(study) == 2)  # by hand
+
+    submitted = ftrun(command, **slurm)  # submitit's own way with the same options; the runs are there
+    assert submitted.returncode == 0, submitted.stderr
+    ours, theirs = submissions(tmp_path / "slurm")
+    assert lines(ours) == lines(theirs)
+    assert "-m submitit.core._submit" in theirs.read_text()
+    assert [e["status"] for e in ends(study)] == ["finished"] * 2
+    assert json.loads((study / "slurm" / "jobs.json").read_text()) == {}
+
+
+def test_jobs_outlive_a_killed_study_and_are_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in with_slurm(tmp_path / "slurm").items():
+        monkeypatch.setenv(name, value)
+    study = tmp_path / "study"
+    own = ("launcher=slurm", "launcher.array=2", "launcher.cpus_per_task=1")
+    command = typed(tmp_path, "rank=2,4", "steps=8", "save_every=2", *own)
+    process = started(command, tmp_path / "log")
+    wait_for(lambda: len(read_json(study / "slurm" / "jobs.json") or {}) == 2 and attempts(study))
+    children = kill_all(process)
+    wait_for(lambda: not any(alive(p) for p in children), 30)
+    assert finished(study) < 2
+    before = [p.name for p in submissions(tmp_path / "slurm")]
+
+    done = ftrun(command)
+    assert done.returncode == 0, done.stderr
+    assert [p.name for p in submissions(tmp_path / "slurm")] == before == ["1.sh"]
+    assert sorted(e["status"] for e in ends(study)) == ["finished"] * 2
+    assert [len(tries) for tries in attempts(study).values()] == [1] * 2
+    assert json.loads((study / "slurm" / "jobs.json").read_text()) == {}
+
+
+def test_a_job_out_of_time_goes_on_and_an_interrupt_ends_them_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in with_slurm(tmp_path / "slurm").items():
+        monkeypatch.setenv(name, value)
+    study = tmp_path / "study"
+    own = ("launcher=slurm", "launcher.array=1", "launcher.cpus_per_task=1")
+    process = started(typed(tmp_path, "rank=2,4", "steps=2000", "save_every=null", *own), tmp_path / "log")
+    (metrics,) = wait_for(lambda: [p for p in study.glob("runs/*/metrics.jsonl") if p.stat().st_size])
+    ((name, (one,)),) = attempts(study).items()
+    submit = Path(f"/proc/{one['pid']}/status").read_text().partition("PPid:\t")[2].split()[0]
+    os.kill(int(submit), signal.SIGUSR2)  # what Slurm sends when the time is nearly up
+    wait_for(lambda: len(attempts(study)[name]) == 2)
+    steps = len(metrics.read_text().splitlines())
+    assert list(metrics.parent.glob("checkpoints/step-*"))
+    wait_for(lambda: len(metrics.read_text().splitlines()) > steps)
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()][:steps] == [*range(1, steps + 1)]
+
+    process.send_signal(signal.SIGINT)
+    assert process.wait(120) == 130
+    state = tmp_path / "slurm" / "state"
+    wait_for(lambda: "RUNNING" not in {(state / n).read_text() for n in ("1_0", "1_1")}, 30)
+    assert "CANCELLED" in {(state / n).read_text() for n in ("1_0", "1_1")}  # the one that had not begun
+    assert json.loads((study / "slurm" / "jobs.json").read_text()) == {}
+
+
+def test_without_slurm_here_a_lost_job_is_tried_again_and_none_outlives_the_study(tmp_path: Path) -> None:
+    study = tmp_path / "study"
+    own = ("launcher=slurm", "launcher.cluster=local", "launcher.array=2", "launcher.cpus_per_task=1")
+    command = typed(tmp_path, "rank=2,4", "steps=8", "save_every=2", *own)
+    process = started(command, tmp_path / "log")
+    wait_for(lambda: list(study.glob("runs/*/checkpoints/step-*")))
+    children = kill_all(process)
+    assert [p for p in children if "submitit" in _command(p)] or len(children) >= 4
+    wait_for(lambda: not any(alive(p) for p in children), 30)
+
+    process = started(command, tmp_path / "log")
+    first = wait_for(lambda: [t for tries in attempts(study).values() for t in tries if alive(t["pid"])])[0]
+    assert first["pid"] in descendants(process.pid)
+    os.kill(first["pid"], signal.SIGKILL)
+    assert process.wait(240) == 0, (tmp_path / "log").read_text()
+    assert "the worker died: killed (SIGKILL)" in (tmp_path / "log").read_text()
+    assert [r["status"] for r in table(study)] == ["finished"] * 2
+    assert sorted(len(tries) for tries in attempts(study).values()) == [1, 2]
+
+
+def test_slurm_is_asked_for_where_it_is_not(tmp_path: Path) -> None:
+    done = ftrun(typed(tmp_path, "rank=2,4", "launcher=slurm", "launcher.cluster=slurm"), PATH="/nowhere")
+    assert done.returncode == 2
+    assert "launcher.cluster=slurm: found no sbatch here" in done.stderr
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
