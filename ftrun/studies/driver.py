@@ -95,7 +95,9 @@ class Driver:
     def _fill(self) -> bool:
         """Ask for as much as can run at once, and a little ahead; whether anything was asked for."""
         asked = False
-        ahead = self.launcher.width if self.search.depends else 2 * self.launcher.width + 2
+        width = self.launcher.width
+        ahead = min(width, self.search.at_once) if self.search.depends else 2 * width + 2
+        ahead = len(self.search.points()) + 1 if self.launcher.at_once else ahead
         while len(self._running) < ahead:
             trial = self._again.pop(0) if self._again else self.search.ask()
             if trial is None:

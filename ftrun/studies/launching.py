@@ -54,6 +54,11 @@ class Launcher(ABC):
     def width(self) -> int:
         """How many tasks may run at once at most, as far as that is known yet."""
 
+    @property
+    def at_once(self) -> bool:
+        """Whether all tasks are taken together, before anything is told of one: only what is certain can be done so."""
+        return False
+
     @abstractmethod
     def submit(self, task: Task) -> None:
         """Take a task; it starts when there is room."""

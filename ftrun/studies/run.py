@@ -123,6 +123,10 @@ def _at_work(study: Study, search: Search, say: Say) -> Iterator[Driver]:
         stack.callback(ledger.close)
         launcher: Launcher = study.launcher.load().Launcher(study.launcher.typed(), study.folder)
         stack.callback(launcher.close)
+        if launcher.at_once and (search.depends or search.more):
+            raise UserError(
+                f"launcher.submit=false: search={study.search.choice} asks for points by what others came to"
+            )
         yield Driver(study, search, launcher, ledger, say)
 
 

@@ -87,6 +87,11 @@ class Search(ABC):
         return []
 
     @property
+    def at_once(self) -> int:
+        """How many trials may be asked for before the first of them is told."""
+        return 1 << 30
+
+    @property
     def more(self) -> bool:
         """Whether others follow those, that are not known before."""
         return not self.points()

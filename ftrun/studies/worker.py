@@ -29,7 +29,7 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=said,
-                env={**os.environ, **(environment or {})},
+                env={**os.environ, "FTRUN_PARENT": str(os.getpid()), **(environment or {})},
                 start_new_session=True,  # Ctrl-C of the terminal is for this process, which asks it to stop
             )
         assert self._process.stdout is not None

@@ -54,7 +54,8 @@ class OnPipes:
         self._busy = threading.Event()
 
     def __enter__(self) -> OnPipes:
-        die_with_parent()
+        asking = os.environ.get("FTRUN_PARENT")
+        die_with_parent(int(asking) if asking else None)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one who asks decides
         threading.Thread(target=self._listen, daemon=True).start()
         return self

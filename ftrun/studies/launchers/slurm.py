@@ -73,6 +73,10 @@ class Launcher(Elsewhere):
     def width(self) -> int:
         return int(self.options.array or (_AT_ONCE if self.other else 1))
 
+    @property
+    def at_once(self) -> bool:
+        return not self.options.submit
+
     def stop(self) -> None:
         self._stopped = True
         super().stop()

@@ -36,6 +36,7 @@ class Options:
     sampler_options: dict[str, Any] = option({}, "what else the sampler takes, by Optuna's names")
     pruner: str = option("none", "who stops trials at their evaluations: a pruner of Optuna's, or none")
     pruner_options: dict[str, Any] = option({}, "what else the pruner takes, by Optuna's names")
+    at_once: int = option(4, "trials that are asked for before the first of them is told, where so many can run", ge=1)
     startup: int | None = option(None, "trials before sampler and pruner begin to judge; null: Optuna's own", ge=1)
 
     def __post_init__(self) -> None:
@@ -47,6 +48,10 @@ class Search(Base):
     """A study of Optuna's in memory. With one worker the same seed gives the same trials."""
 
     depends = True
+
+    @property
+    def at_once(self) -> int:
+        return int(self.options.at_once)
 
     def __init__(self, options: Options, axes: Sequence[Axis], overrides: Sequence[str]) -> None:
         super().__init__(options, axes, overrides)
