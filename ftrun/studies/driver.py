@@ -173,8 +173,6 @@ class Driver:
         request = point.request(self.study.folder / "runs" / self._folder(point))
         if trial is not None:
             request |= {"until": trial.until, "rungs": sorted(self.search.rungs), "asks": trial.asks, **trial.request}
-            # what was free when it was planned: its neighbours' share is not for it to judge
-            request |= {"device": (plan or {}).get("device")}
         size = int(plan["needed_bytes"] + plan.get("process_bytes", 0)) if plan else 0
         usable = ((plan or {}).get("device") or {}).get("usable_bytes") or 0
         share = min(1.0, size / usable) if usable else 1.0

@@ -139,7 +139,9 @@ class Launcher(Base):
             self._make_room(task, seat)
             seat.begun = False
             seat.task, seat.base, seat.held = task, task.base or seat.base, max(seat.held, task.bytes)
-            seat.worker.send({**task.as_dict(), "threads": max(1, _cores() // self._per_device())})
+            # what was free before anything ran: what its neighbours take is not for a job to judge
+            here = {"threads": max(1, _cores() // self._per_device()), "device": self._device}
+            seat.worker.send({**task.as_dict(), **here})
 
     def _room(self, task: Task) -> int | None:
         """The device that has room for the task; one on which nothing runs has room for anything."""
