@@ -92,6 +92,7 @@ def test_it_finds_the_two_layers_that_can_solve_the_task(tmp_path: Path, faint: 
     losses = [f"{found[note]['loss']:.4f} of {note}" for note in ("uniform", "random", "all")]
     assert f"selection paid: held-out loss {found['chosen']['loss']:.4f} against {', '.join(losses)}" in done.stdout
     assert "chosen: layers=[3,4]: 2 of 8 layers" in done.stdout
+    assert f"uniform (layers=[2,6]): {found['uniform']['trainable_params']:,} parameters, " in done.stdout
     places = next(e["probe"]["places"] for e in events(tmp_path / "study") if e.get("probe"))
     others = [place for place in places if place["layer"] not in ABLE and place["kind"] == "up_proj"]
     assert all((place["norm"] > 0) == (faint is not None) for place in others)

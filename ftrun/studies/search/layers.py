@@ -196,16 +196,18 @@ class Search(Base):
         return [one.figures["loss"] for outcomes in told for one in outcomes if "loss" in one.figures]
 
     def _costs(self, note: str) -> str:
-        """What a set needs."""
+        """What a set is, where that is short, and what it needs."""
         outcomes = self._told[note]
+        value = next(trial.values[self._key] for trial in self._trials if trial.note == note)
+        name = f"{note} ({self._key}={value})" if note != "chosen" and not value.startswith("re:") else note
         found = [one.figures for one in outcomes if one.status == "finished"]
         if not found:
-            return f"{note}: {outcomes[0].status}: {outcomes[0].reason}"
+            return f"{name}: {outcomes[0].status}: {outcomes[0].reason}"
         speeds = [f["tokens_per_s"] for f in found if f.get("tokens_per_s")]
         words = [f"{found[0]['trainable_params']:,} parameters"] if "trainable_params" in found[0] else []
         words += [f"{found[0]['peak_bytes'] / 1e9:.3g} GB"] if "peak_bytes" in found[0] else []
         words += [f"{statistics.fmean(speeds):,.0f} tokens/s"] if speeds else []
-        return f"{note}: {', '.join(words)}"
+        return f"{name}: {', '.join(words)}"
 
 
 def _mean(losses: Iterable[float]) -> str:
