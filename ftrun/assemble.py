@@ -25,6 +25,7 @@ from ftrun.beside import sweep
 from ftrun.data import batches as batching
 from ftrun.data.load import Corpus, load
 from ftrun.data.prefetch import prefetch
+from ftrun.data.rows import Rows
 from ftrun.errors import UserError
 from ftrun.job import Job
 from ftrun.memory.device import Device
@@ -44,6 +45,8 @@ from ftrun.optim.schedule import rate
 from ftrun.runs import read_json
 from ftrun.train.kept import KeptRows, Store
 from ftrun.train.loop import Work
+from ftrun.train.parallel import Alone, Replicated, Sharded
+from ftrun.train.ranks import Ranks
 from ftrun.train.recompute import keep_all, recompute
 from ftrun.values import Anatomy, Batch
 
@@ -228,16 +231,32 @@ def steps_of(job: Job, corpus: Corpus) -> int:
     return max(1, batching.steps_in(job.epochs or 1.0, len(corpus.train), job.batch))
 
 
-def micro_rows(job: Job, corpus: Corpus, micro_batch: int, step: int) -> list[list[int]]:
-    """The rows of each micro-batch of a step: a function of the job and the step's number alone."""
+def micro_rows(job: Job, corpus: Corpus, micro_batch: int, step: int, rank: int = 0) -> list[list[int]]:
+    """The rows of each micro-batch of a step that a rank takes: a function of the job and the step's number alone.
+
+    Each rank has as many; where rows run out, the last are empty.
+    """
     chosen = batching.step_rows(len(corpus.train), job.batch, step, job.seed, by_epoch=job.steps is None)
-    return [part for part in batching.micro(chosen, micro_batch, lengths=corpus.train.lengths) if part]
+    return batching.micro(chosen, micro_batch, rank, job.devices, lengths=corpus.train.lengths)
 
 
-def step_batches(job: Job, corpus: Corpus, micro_batch: int, pad_id: int, step: int) -> list[Batch]:
-    """The micro-batches of one optimiser step."""
-    parts = micro_rows(job, corpus, micro_batch, step)
-    return [batching.collate(corpus.train, part, packed=job.kernels == "fast", pad_id=pad_id) for part in parts]
+def step_batches(job: Job, corpus: Corpus, micro_batch: int, pad_id: int, step: int, rank: int = 0) -> list[Batch]:
+    """The micro-batches of one optimiser step that a rank takes, a stand-in for each that has no rows."""
+    return [
+        collated(job, corpus.train, part, pad_id) if part else stand_in(job, corpus.train, pad_id)
+        for part in micro_rows(job, corpus, micro_batch, step, rank)
+    ]
+
+
+def collated(job: Job, rows: Rows, part: Sequence[int], pad_id: int) -> Batch:
+    """Rows as the job's kernels take them."""
+    return batching.collate(rows, part, packed=job.kernels == "fast", pad_id=pad_id)
+
+
+def stand_in(job: Job, rows: Rows, pad_id: int) -> Batch:
+    """A batch for a rank that has no rows left: the shortest row, which counts for nothing."""
+    made = collated(job, rows, [int(rows.lengths.argmin())], pad_id)
+    return dataclasses.replace(made, tokens=0, supervised=0, rows=())
 
 
 def first_groups(job: Job, corpus: Corpus, micro_batch: int) -> list[list[int]]:
@@ -266,19 +285,22 @@ def work(
     total: int,
     loss: Callable[[Batch], torch.Tensor] | None = None,
     kind: str | None = None,
+    parallel: Alone | None = None,
+    ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
 ) -> Work:
     """What the loop works with; the caller adds the batches, the evaluations and the checkpoints.
 
     kind: the device type that the job is for, where its tensors lie on another (a plan's are fake ones on the CPU).
+    parallel: how the model is shared by the ranks.
     """
-    options = job.optim.typed()
-    groups, gathered = gather(optimiser_buckets(job, parts))
+    options, parallel = job.optim.typed(), parallel or Alone()
+    groups, gathered = gather(optimiser_buckets(job, parts, parallel))
     optimiser = job.optim.load().build(groups, options, kind or device.type)
     return Work(
         model=parts.model,
         loss=loss or TokenLoss(parts.model, job.kernels, job.loss_chunk),
         optimiser=optimiser,
-        trained=[p for found in parts.tuner.groups(parts.model).values() for p in found],
+        trained=[parallel.held(p) for found in parts.tuner.groups(parts.model).values() for p in found],
         gather_gradients=gathered.gather_gradients,
         holder=gathered.holder,
         rates=[g["lr"] for g in groups],
@@ -288,6 +310,8 @@ def work(
         clip=options.clip,
         foreach=True if (kind or device.type) == "cuda" else None,
         autocast=autocast(parts, device),
+        ranks=ranks,
+        parallel=parallel,
     )
 
 
@@ -302,15 +326,30 @@ def autocast(parts: Sketch, device: torch.device) -> Callable[[], contextlib.Abs
     )
 
 
-def optimiser_buckets(job: Job, parts: Sketch) -> list[dict[str, Any]]:
+def shared(job: Job, parts: Sketch, ranks: Ranks, strategy: str) -> Alone:
+    """The model shared by the ranks. Its weights and what was learnt are in place; the optimiser is made after.
+
+    strategy: "ddp" or "fsdp", settled.
+    """
+    if ranks.alone:
+        return Alone()
+    if strategy == "ddp":
+        return Replicated(parts.model, ranks)
+    # under method=full the weights themselves train: they are sharded with the rest
+    whole = [p for p in parts.model.parameters() if p.requires_grad] if parts.tuner.switchable else []
+    return Sharded(parts.model, decoder(parts), whole, ranks, job.offload)
+
+
+def optimiser_buckets(job: Job, parts: Sketch, parallel: Alone | None = None) -> list[dict[str, Any]]:
     """The optimiser's groups, "params" being lists: the parameters of a list are one tensor to the optimiser.
 
     Where it gathers, those of one decoder layer are (so that equal layers stay equal), and those outside the layers.
     """
     options = job.optim.typed()
     groups = _groups(job, parts, options)
-    if not options.gathers_below:
-        return [{**group, "params": [[p] for p in group["params"]]} for group in groups]
+    parallel = parallel or Alone()
+    if not options.gathers_below or not parallel.gathers:
+        return [{**group, "params": [[parallel.held(p)] for p in group["params"]]} for group in groups]
     layers: dict[torch.Tensor, Hashable] = {p: n for n, each in enumerate(decoder(parts)) for p in each.parameters()}
     return buckets(groups, layers.get, options.gathers_below)
 
@@ -353,11 +392,21 @@ def prefetched(make: Callable[[int], list[Batch]], start: int, stop: int) -> Ite
     return prefetch(make(step) for step in range(start, stop))
 
 
-def evaluation_batches(job: Job, corpus: Corpus, limit: int | None, micro_batch: int, pad_id: int) -> Sequence[Batch]:
-    """The held-out rows as batches of `micro_batch` rows, in order."""
+def evaluation_batches(
+    job: Job,
+    corpus: Corpus,
+    limit: int | None,
+    micro_batch: int,
+    pad_id: int,
+    ranks: Ranks = Ranks(),  # noqa: B008
+) -> Sequence[Batch]:
+    """The held-out rows as batches of `micro_batch` rows, in order; of several ranks each has as many, stand-ins
+    among them."""
     indices = list(range(min(len(corpus.held_out), limit or len(corpus.held_out))))
     pieces = [indices[i : i + micro_batch] for i in range(0, len(indices), micro_batch)]
-    return [batching.collate(corpus.held_out, p, packed=job.kernels == "fast", pad_id=pad_id) for p in pieces]
+    missing = -len(pieces) % ranks.world
+    made = [collated(job, corpus.held_out, p, pad_id) for p in pieces[ranks.rank :: ranks.world]]
+    return made + ([stand_in(job, corpus.held_out, pad_id)] if ranks.rank >= ranks.world - missing else [])
 
 
 def torch_device(device: Device) -> torch.device:

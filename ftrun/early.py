@@ -27,10 +27,20 @@ def check(job: Job) -> None:
 
 
 def check_devices(job: Job) -> None:
-    """UserError where a job wants what this version has not: several devices."""
-    if job.devices > 1 or job.strategy != "auto":
-        found = f"devices={job.devices}, strategy={job.strategy}"
-        raise UserError(f"{found}: expected devices=1 and strategy=auto; this version trains on one device")
+    """UserError where a job asks for a way of sharing that cannot take effect."""
+    if job.devices == 1:
+        asked = {"strategy": job.strategy != "auto", "offload": job.offload, "max_restarts": job.max_restarts > 0}
+        asked |= {"nnodes": (job.nnodes or 1) > 1, "rdzv_endpoint": job.rdzv_endpoint is not None}
+        for key in (key for key, given in asked.items() if given):
+            raise UserError(f"{key}={getattr(job, key)}: has no effect with devices=1; give devices=2 or more")
+    if job.offload and job.strategy != "fsdp":
+        raise UserError(
+            f"offload=true: found strategy={job.strategy}, expected strategy=fsdp: it is its parts that wait"
+        )
+    if job.nnodes and job.devices % job.nnodes:
+        raise UserError(f"devices={job.devices}: expected a multiple of nnodes={job.nnodes}: as many on each machine")
+    if job.devices > 1 and job.keep_prefix not in ("auto", "none"):
+        raise UserError(f"keep_prefix={job.keep_prefix}: found devices={job.devices}; only one device keeps a prefix")
 
 
 def check_files(job: Job) -> None:

@@ -39,7 +39,7 @@ STUDY_ROOMS = {"search": "ftrun.studies.search", "launcher": "ftrun.studies.laun
 # keys of a study that stand for an option of its search
 STUDY_KEYS = {"budget": "search.budget", "trials": "search.trials"}
 # where and how a run is watched is not what it computes
-_PLACES = ("name", "out", "resume", "refuse", "allow_drift", "debug", "log", "save_every")
+_PLACES = ("name", "out", "resume", "refuse", "allow_drift", "debug", "log", "save_every", "max_restarts")
 _ROOT = Path(__file__).parent
 
 
@@ -98,7 +98,17 @@ class Job:
     loss_chunk: int = option(512, "tokens whose logits are held at once by the fast loss", ge=1)
     kernels: str = option("fast", "fast, or reference: the same maths, the plain way", choices=("fast", "reference"))
     devices: int = option(1, "devices that share the work", ge=1)
-    strategy: str = option("auto", "how several devices share", choices=("auto", "ddp", "fsdp"))
+    strategy: str = option(
+        "auto",
+        "how several devices share: ddp, the base whole on each; fsdp, a part on each; auto: ddp where it fits",
+        choices=("auto", "ddp", "fsdp"),
+    )
+    offload: bool = option(False, "with fsdp: each device's part of the base waits in host memory")
+    max_restarts: int = option(0, "how often workers are started anew after one was lost", ge=0)
+    nnodes: int | None = option(None, "machines that share the devices; null: this one, or a Slurm step's", ge=1)
+    rdzv_endpoint: str | None = option(
+        None, "where several machines meet, HOST:PORT of the first; null: found within Slurm", pattern=r"[^\s:]+:\d+"
+    )
     save_every: int | str | None = option(
         "10min",
         "checkpoint each so many steps, or time as 10min; null: at the end and when stopped",

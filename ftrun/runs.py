@@ -25,6 +25,12 @@ from ftrun.errors import UserError, nearest
 
 # keys that may differ between a run and its continuation: they change how long or how it is watched, not what it is
 _FREE = {
+    "devices",
+    "strategy",
+    "offload",
+    "max_restarts",
+    "nnodes",
+    "rdzv_endpoint",
     "name",
     "out",
     "resume",

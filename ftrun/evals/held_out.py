@@ -40,10 +40,15 @@ class Options:
 
 
 def evaluate(
-    model: nn.Module, loss: Callable[[Batch], torch.Tensor], batches: Sequence[Batch], step: int
+    model: nn.Module,
+    loss: Callable[[Batch], torch.Tensor],
+    batches: Sequence[Batch],
+    step: int,
+    sums: Callable[[Sequence[float]], list[float]] = list,
 ) -> EvalRecord:
     """The mean loss over the supervised tokens of `batches`, in nats, and exp of it; dropout off, no gradient.
 
+    sums: over all processes that evaluate batches of their own. A batch without supervised tokens counts for nothing.
     A perplexity beyond float64 is reported as infinity's nearest number, since JSON has no infinity.
     """
     import torch
@@ -53,8 +58,11 @@ def evaluate(
     model.eval()
     with torch.no_grad():
         for batch in batches:
-            total += float(loss(batch))
+            found = float(loss(batch))
+            total += found if batch.supervised else 0.0
             count += batch.supervised
     model.train(was_training)
+    total, tokens = sums([total, float(count)])
+    count = int(tokens)
     mean = total / max(count, 1)
     return EvalRecord(step, mean, math.exp(min(mean, 700.0)), count, time.perf_counter() - started)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +36,19 @@ class Settled:
     largest_step: int
     batches: list[Batch]  # the micro-batches that were planned: the first two of that step
     kept: Kept = Kept()  # noqa: RUF009 (frozen)
+    strategy: str = "ddp"  # how several devices share
+
+    def as_dict(self) -> dict[str, Any]:
+        """What another process needs to run the job as it was settled here: JSON-able."""
+        made = {k: getattr(self, k) for k in ("micro_batch", "recomputed", "largest_step", "strategy")}
+        return {**made, "plan": dataclasses.asdict(self.plan), "kept": dataclasses.asdict(self.kept)}
+
+    @classmethod
+    def read(cls, found: Mapping[str, Any]) -> Settled:
+        """What `as_dict` gave; without the batches."""
+        plan = Plan(**{**found["plan"], "lengths": tuple(found["plan"]["lengths"])})
+        settled = {**found, "plan": plan, "kept": Kept(**found["kept"]), "batches": []}
+        return cls(**settled)
 
 
 def settle(

@@ -21,7 +21,9 @@ from ftrun.optim import state as optimiser_state
 from ftrun.runs import Run, aside, listed, write_json
 from ftrun.train import checkpoint
 from ftrun.train.checkpoint import Checkpoint
-from ftrun.train.loop import Progress
+from ftrun.train.loop import Progress, Work
+from ftrun.train.parallel import full, gathered
+from ftrun.train.ranks import Ranks
 
 
 class Keeper:
@@ -48,11 +50,11 @@ class Keeper:
             self.say(f"resume=force: goes on with another {' and '.join(k for k, *_ in changes)}")
         return found
 
-    def restore(self, found: Checkpoint, optimiser: torch.optim.Optimizer) -> None:
-        """The model, the optimiser and the generators as they were."""
-        self.load_trained(found.trained)
+    def restore(self, found: Checkpoint, work: Work) -> None:
+        """The optimiser and the generators as they were; the trained weights are in the model already."""
         try:
-            optimiser_state.restore(optimiser, found.optimiser, found.optimiser_meta)
+            tensors, meta = work.parallel.cut(found.optimiser, found.optimiser_meta)
+            optimiser_state.restore(work.optimiser, tensors, meta)
         except ValueError as error:
             raise UserError(f"{self.run.checkpoints}: {error}") from error
         checkpoint.restore_random(found.random)
@@ -70,15 +72,30 @@ class Keeper:
             return False
         return True
 
-    def save(self, optimiser: torch.optim.Optimizer, progress: Progress, name: str | None = None) -> str | None:
-        """A checkpoint; tells what went wrong, which ends no run. Raises RunFailed where a weight is not finite."""
-        trained = self.parts.tuner.state(self.parts.model)
+    def save(self, work: Work, progress: Progress, name: str | None = None) -> str | None:
+        """A checkpoint; tells what went wrong, which ends no run. Raises RunFailed where a weight is not finite.
+
+        Of several ranks all take part, and the first one writes.
+        """
+        trained = {key: full(tensor) for key, tensor in self.parts.tuner.state(self.parts.model).items()}
+        tensors, meta = work.parallel.joined(*optimiser_state.flatten(work.optimiser))
+        trouble = self._save(trained, tensors, meta, progress, name) if work.ranks.first else None
+        # all ranks go on, or none
+        return trouble or ("the first rank could not write it" if work.ranks.any(trouble is not None) else None)
+
+    def _save(
+        self,
+        trained: dict[str, torch.Tensor],
+        tensors: dict[str, torch.Tensor],
+        meta: dict[str, Any],
+        progress: Progress,
+        name: str | None,
+    ) -> str | None:
         for key, tensor in trained.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise RunFailed(
                     f"step {progress.step}: {key} is no longer finite; a lower lr may help. Nothing is saved"
                 )
-        tensors, meta = optimiser_state.flatten(optimiser)
         state = Checkpoint(progress, trained, tensors, meta, checkpoint.random_state(), self.belongs)
         try:
             checkpoint.save(self.run.checkpoints, state, name)
@@ -88,31 +105,43 @@ class Keeper:
             return trouble
         return None
 
-    def hand_over(self, provenance: Mapping[str, Any]) -> None:
-        """adapter/ with its provenance, or model/ where the base itself was trained: whole, or not at all."""
+    def hand_over(self, provenance: Mapping[str, Any], ranks: Ranks = Ranks()) -> None:  # noqa: B008 (frozen)
+        """adapter/ with its provenance, or model/ where the base itself was trained: whole, or not at all.
+
+        Of several ranks all take part, and the first one writes.
+        """
         parts = self.parts
         config = parts.tuner.adapter_config(parts.anatomy, parts.base.reference)
+        whole = None if config else gathered(parts.model, keeps=ranks.first)
+        if ranks.first:
+            self._hand_over(config, whole, provenance)
+        ranks.wait()
+
+    def _hand_over(
+        self, config: dict[str, Any], whole: dict[str, torch.Tensor] | None, provenance: Mapping[str, Any]
+    ) -> None:
+        parts = self.parts
         target = self.run.path / ("adapter" if config else "model")
         try:
             with aside(target) as beside:
                 if config:
                     save_adapter(beside, config, parts.tuner.state(parts.model))
                 else:
-                    self._save_model(beside)
+                    self._save_model(beside, whole or {})
                 write_json(beside / "provenance.json", {**provenance, "data": self.belongs["data"]})
         except (OSError, SafetensorError) as error:
             saved = self.run.checkpoints.exists() and any(self.run.checkpoints.glob("step-*"))
             kept = f"; the trained weights are in {self.run.checkpoints}, the same command tries again" if saved else ""
             raise RunFailed(f"{target}: cannot be written: {reason(error)}{kept}") from error
 
-    def _save_model(self, folder: Path) -> None:
+    def _save_model(self, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
         from transformers.utils import logging
 
         # its bar would break into what the console shows, and into redirected output
         shown = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
         try:
-            self.parts.model.save_pretrained(folder)
+            self.parts.model.save_pretrained(folder, state_dict=tensors)
         finally:
             if shown:
                 logging.enable_progress_bar()

@@ -33,6 +33,7 @@ from ftrun.metrics.sink import Sink
 from ftrun.models import provenance
 from ftrun.models.forward import attention
 from ftrun.planning.keeping import FOLDER
+from ftrun.planning.settle import Settled
 from ftrun.runs import Run, read_json, write_json
 from ftrun.tasks.judging import Judge
 from ftrun.tasks.keep import Keeper
@@ -40,6 +41,7 @@ from ftrun.tasks.shared import Shared, Watch
 from ftrun.train.interrupt import stop_requests
 from ftrun.train.kept import InMemory, KeptLoss, KeptRows, OnDisk
 from ftrun.train.loop import Progress, train
+from ftrun.train.ranks import Ranks
 from ftrun.values import Batch, EvalRecord, StepRecord
 
 
@@ -47,9 +49,14 @@ class Session:
     """A job at work. `prepare` touches no folder but the cache; `train` writes the run's."""
 
     def __init__(
-        self, job: Job, cache: Path, console: Console, shared: Shared | None = None, watch: Watch | None = None
+        self,
+        job: Job,
+        cache: Path,
+        console: Console,
+        shared: Shared | None = None,
+        watch: Watch | None = None,
     ) -> None:
-        self.job, self.cache, self.console = job, cache, console
+        self.job, self.cache, self.console, self.ranks = job, cache, console, Ranks()
         self.shared, self.watch = shared or Shared(), watch or Watch()
         self.progress = Progress()
         self.began = False  # whether a step was trained: what there is must then stay
@@ -61,6 +68,11 @@ class Session:
 
     def prepare(self, out: Path) -> None:
         """Everything that can be refused: the model's names, the data, the plan. No weight is read."""
+        self.open(out)
+        self.settle(out)
+
+    def open(self, out: Path) -> None:
+        """The model's names and the data."""
         job, say = self.job, self.console.say
         self.options = job.eval.typed()
         self.tracker = job.log.load().sink(job.log.typed(), out.name, say)
@@ -76,6 +88,10 @@ class Session:
         tokenizer = self.parts.base.tokenizer()
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self.total = assemble.steps_of(job, self.corpus)
+
+    def settle(self, out: Path) -> None:
+        """The plan, and what `auto` comes to. Raises DoesNotFit."""
+        job, say = self.job, self.console.say
         prepared = self.shared.prepared(job, self.parts, self.corpus, self.device, self.pad_id, self.total, out)
         self.settled = prepared.settled
         for note in prepared.notes:
@@ -84,6 +100,12 @@ class Session:
             keep_pages() if 2 * self.settled.plan.needed_bytes < self.device.free_bytes else change_pages()
         if not self.settled.plan.fits and job.refuse:
             raise DoesNotFit(f"{prepared.refusal()}. refuse=false starts it as it is")
+
+    def share_settled(self) -> None:
+        """What the first rank has settled, for all."""
+        found = self.ranks.told(self.settled.as_dict() if self.ranks.first else None)
+        if not self.ranks.first:
+            self.settled = Settled.read(found)
 
     def _device(self) -> Device:
         device = self.shared.device(self.job)
@@ -103,12 +125,16 @@ class Session:
         assemble.furnish(
             self.job, self.parts, torch_device, self.cache, self.console.say, self.settled.recomputed, self.shared.shelf
         )
-        self.work = assemble.work(self.job, self.parts, torch_device, self.total)
+        if found is not None:
+            self.keeper.load_trained(found.trained)
+        parallel = assemble.shared(self.job, self.parts, self.ranks, self.settled.strategy)
+        self.work = assemble.work(self.job, self.parts, torch_device, self.total, parallel=parallel, ranks=self.ranks)
         if found is not None:
             self.progress = found.progress
-            self.keeper.restore(found, self.work.optimiser)
+            self.keeper.restore(found, self.work)
             self.console.say(f"resumed after step {self.progress.step}")
-        run.record(self.job.as_dict(), [f"{what} sha256 {digest}" for what, digest in self.keeper.belongs.items()])
+        if self.ranks.first:
+            run.record(self.job.as_dict(), [f"{what} sha256 {digest}" for what, digest in self.keeper.belongs.items()])
         self.began = found is not None
         del found
         self._equip()
@@ -121,17 +147,18 @@ class Session:
                 self.began = True
                 self._record(record)
         self._evaluate_ends("after", run)
-        self.keeper.hand_over(self.provenance())
+        self.keeper.hand_over(self.provenance(), self.ranks)
         if self.kept is not None:
             self.kept.store.close()
-        shutil.rmtree(run.path / FOLDER, ignore_errors=True)
+        if self.ranks.first:
+            shutil.rmtree(run.path / FOLDER, ignore_errors=True)
         self.judge.after()
         return {**self.summary(), "status": "finished"}
 
     def close(self, run: Run, outcome: dict[str, Any] | None) -> None:
         """result.json, then the sinks, whatever happened."""
         try:
-            if outcome is not None:
+            if outcome is not None and self.ranks.first:
                 write_json(run.path / "result.json", outcome)
         finally:
             for sink in self.sinks:
@@ -140,11 +167,13 @@ class Session:
     # --- the parts ---
 
     def _start(self, run: Run, after: int | None) -> None:
+        self.console.total = self.total
+        if not self.ranks.first:
+            return
         write_json(run.path / "plan.json", self.settled.plan.as_dict())
         self.sinks.append(jsonl.JsonLines(after, after is not None and after >= self.total, self.console.say))
         if self.tracker is not None:
             self.sinks.append(self.tracker)
-        self.console.total = self.total
         for sink in self.sinks:
             sink.start(self.job.as_dict(), run.path)
         plan = self.settled.plan
@@ -165,7 +194,7 @@ class Session:
         }
 
         def make(step: int) -> list[Batch]:
-            made = assemble.step_batches(job, self.corpus, self.settled.micro_batch, self.pad_id, step)
+            made = assemble.step_batches(job, self.corpus, self.settled.micro_batch, self.pad_id, step, self.ranks.rank)
             if self.kept is not None:
                 self.kept.ahead(made)
             return made
@@ -173,16 +202,16 @@ class Session:
         work.batches = lambda start: assemble.prefetched(make, start, self.total)
         work.watch = self._watch
         work.save_steps, work.save_seconds = job.save_interval()
-        work.save = lambda progress: self.keeper.save(work.optimiser, progress)
+        work.save = lambda progress: self.keeper.save(work, progress)
         if options.evaluates and len(self.corpus.held_out):
             held_out = assemble.evaluation_batches(
-                job, self.corpus, options.rows, self.settled.micro_batch, self.pad_id
+                job, self.corpus, options.rows, self.settled.micro_batch, self.pad_id, self.ranks
             )
-            work.evaluate = lambda step: _sound(evaluate(work.model, self._loss, held_out, step))
+            work.evaluate = lambda step: _sound(evaluate(work.model, self._loss, held_out, step, self.ranks.sums))
             work.evaluate_every, work.patience = options.every, options.patience
             work.rungs = self.watch.rungs
             if options.keep_best:
-                work.save_best = lambda progress: self.keeper.save(work.optimiser, progress, "best")
+                work.save_best = lambda progress: self.keeper.save(work, progress, "best")
 
     def _keep_prefix(self, run: Run) -> None:
         """Training takes what the frozen layers give its rows from a store; evaluations run the whole model."""
@@ -205,7 +234,7 @@ class Session:
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         with self.work.autocast():
-            return self.whole_loss(batch.to(self.work.device))
+            return self.work.parallel.run(self.whole_loss, batch.to(self.work.device))
 
     @contextlib.contextmanager
     def _watch(self, step: int) -> Iterator[None]:
@@ -230,6 +259,8 @@ class Session:
             yield from (v for v in state.values() if isinstance(v, torch.Tensor))
 
     def _note_measured(self, planned: int, measured: int) -> None:
+        """Of several ranks the fullest one's."""
+        measured = int(self.ranks.most([measured])[0])
         self.measured.update(
             planned_peak_bytes=planned, measured_peak_bytes=measured, error=(planned - measured) / measured
         )
@@ -292,7 +323,7 @@ class Session:
         prefix = list(self.corpus.held_out.prefix_ids)
         ids = prompt_ids(options.prompt, tokenizer, self.corpus.held_out)
         with attention(self.work.model, "sdpa"), self.work.autocast():
-            text = answer(self.work.model, tokenizer, [*prefix, *ids], options.max_new_tokens)
+            text = self.work.parallel.run(answer, self.work.model, tokenizer, [*prefix, *ids], options.max_new_tokens)
         return {"prompt": options.prompt or asked(ids, tokenizer), "answer": text}
 
     def _record(self, record: StepRecord | EvalRecord) -> None:
@@ -340,7 +371,8 @@ class Session:
         """Bytes of the trained tensors as they are saved."""
         if not hasattr(self, "work"):
             return 0
-        return sum(t.numel() * t.element_size() for t in self.parts.tuner.state(self.parts.model).values())
+        named = self.parts.tuner.named(self.parts.model).values()
+        return sum(t.parameter.numel() * t.parameter.element_size() for t in named)
 
 
 def _sound(record: EvalRecord) -> EvalRecord:

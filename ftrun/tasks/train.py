@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,26 +38,58 @@ def carry_out(job: Job, console: Console, shared: Shared | None = None, watch: W
     _check_base(job)
     there = check_run(out, job.as_dict(), job.resume)
     if there is not None and finished(out, there, job):
-        return
+        return None
     cache = cache_dir()
-    console.show(job.as_dict())
+    if job.devices == 1:
+        console.show(job.as_dict())
     from ftrun.tasks.session import Session
 
+    if job.devices > 1:
+        return on_ranks(job, out, console)
     session = Session(job, cache, console, shared, watch)
     session.prepare(out)
     if there is not None and finished(out, there, job, session.total):
-        return
+        return None
     folder = open_run(out, job.as_dict(), job.resume)
     try:
         session.close(folder, session.train(folder))
     except BaseException as error:
-        told = _told(error, session, folder)
-        _leave(session, folder, told)
+        told = in_terms(error, session, folder)
+        leave_result(session, folder, told)
         if told is error:
             raise
         raise told from error
     finally:
         folder.release()
+
+
+def on_ranks(job: Job, out: Path, console: Console) -> None:
+    """The job in as many processes as it has devices, each of which reads the run folder's job.yaml.
+
+    This process holds the folder, starts them, and ends as the first of them that failed.
+    """
+    from ftrun.train.launch import launch, nodes_of, processes_here
+
+    nodes = nodes_of(job.nnodes, job.rdzv_endpoint, os.environ)
+    processes = processes_here(job.devices, nodes)
+    folder = open_run(out, job.as_dict(), job.resume) if nodes.index == 0 else None
+    try:
+        launch(["-m", "ftrun.tasks.rank", str(out)], processes, nodes, job.max_restarts)
+    except Interrupted as error:
+        saved = saved_steps(out / "checkpoints")
+        raise Interrupted(
+            f"interrupted; the same command goes on from step {saved[-1]}" if saved else str(error)
+        ) from None
+    finally:
+        if folder is not None:
+            if not _worth(out):
+                folder.discard()
+            folder.release()
+
+
+def _worth(out: Path) -> bool:
+    """Whether a run's folder holds more than what was to be done."""
+    return any((out / name).exists() for name in ("result.json", "metrics.jsonl", "checkpoints"))
 
 
 def default_name(job: Job) -> str:
@@ -101,7 +134,7 @@ def _check_base(job: Job) -> None:
         folders.weight_files(Path(path).expanduser())
 
 
-def _told(error: BaseException, session: Session, folder: Run) -> BaseException:
+def in_terms(error: BaseException, session: Session, folder: Run) -> BaseException:
     """The error in the terms of a run: an interruption, a folder that cannot be written, or itself."""
     done, saved = session.progress.step, saved_steps(folder.checkpoints)
     if isinstance(error, KeyboardInterrupt):
@@ -127,7 +160,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in words))
 
 
-def _leave(session: Session, folder: Run, error: BaseException) -> None:
+def leave_result(session: Session, folder: Run, error: BaseException) -> None:
     """A result.json of what was done; nothing of a run that never began."""
     outcome = None
     if session.began or isinstance(error, RunFailed):

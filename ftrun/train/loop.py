@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from ftrun.errors import Interrupted, RunFailed
+from ftrun.train.parallel import Alone, clip_by
+from ftrun.train.ranks import Ranks
 from ftrun.values import Batch, EvalRecord, StepRecord
 
 
@@ -63,6 +65,8 @@ class Work:
     save_seconds: float | None = None
     watch: Callable[[int], Any] = field(default=lambda step: contextlib.nullcontext())  # around a step's computing
     stop: Callable[[], bool] = field(default=lambda: False)  # whether someone asked to stop
+    ranks: Ranks = Ranks()  # noqa: RUF009 (frozen); the processes that share the step
+    parallel: Alone = field(default_factory=Alone)  # how they share the model
 
 
 def train(work: Work, progress: Progress) -> Iterator[StepRecord | EvalRecord]:
@@ -84,11 +88,11 @@ def train(work: Work, progress: Progress) -> Iterator[StepRecord | EvalRecord]:
         if not ended and work.evaluate and _evaluation_due(work, progress.step):
             yield _evaluate(work, progress)
             ended = _is_stale(work, progress)
-        stop, trouble = work.stop(), None
-        if work.save and (stop or ended or _save_due(work, progress, saved_at)):
+        stop, trouble = work.ranks.any(work.stop()), None
+        if work.save and (stop or ended or work.ranks.any(_save_due(work, progress, saved_at))):
             trouble = work.save(progress)
             saved_at = time.monotonic()
-        if stop or (ended and work.stop()):
+        if stop or (ended and work.ranks.any(work.stop())):
             raise _stopped(work, progress, trouble)
         if ended:
             return
@@ -108,42 +112,56 @@ def _step(work: Work, micro_batches: Sequence[Batch], step: int) -> StepRecord:
     rate = work.schedule(step)
     for group, highest in zip(work.optimiser.param_groups, work.rates, strict=True):
         group["lr"] = highest * rate
-    supervised = sum(b.supervised for b in micro_batches)
+    supervised, tokens = work.ranks.sums(
+        [sum(b.supervised for b in micro_batches), sum(b.tokens for b in micro_batches)]
+    )
     with work.watch(step):
-        total, norm = gradients(work, micro_batches)
-        loss, size = float(total) / supervised, float(norm)
+        total, norm = gradients(work, micro_batches, supervised)
+        loss, size = work.ranks.sums([float(total)])[0] / supervised, float(norm)
         if math.isfinite(loss) and math.isfinite(size):
             update(work)
     if not (math.isfinite(loss) and math.isfinite(size)):
         rows = sorted(r for b in micro_batches for r in b.rows)
         raise RunFailed(f"step {step + 1}: loss {loss}, gradient norm {size}: not finite. Rows of the batch: {rows}")
     seconds = time.perf_counter() - started
-    tokens = sum(b.tokens for b in micro_batches)
-    held, peak = work.memory()
+    held, peak = map(int, work.ranks.most(work.memory()))
     lr = work.rates[0] * rate
-    return StepRecord(step + 1, loss, lr, size, tokens, supervised, tokens / seconds, held, peak, seconds)
+    return StepRecord(step + 1, loss, lr, size, int(tokens), int(supervised), tokens / seconds, held, peak, seconds)
 
 
-def gradients(work: Work, micro_batches: Sequence[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The step's gradients, accumulated and clipped; returns (sum of losses, gradient norm), both on the device."""
-    return accumulate(work, micro_batches), clip(work)
+def gradients(
+    work: Work, micro_batches: Sequence[Batch], supervised: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The step's gradients, accumulated and clipped; returns (this rank's sum of losses, gradient norm).
+
+    supervised: the step's learnt tokens, over all ranks; None: those of these micro-batches.
+    """
+    return accumulate(work, micro_batches, supervised), clip(work)
 
 
-def accumulate(work: Work, micro_batches: Sequence[Batch]) -> torch.Tensor:
-    """The gradients of the step's mean loss, summed over its micro-batches; returns the sum of losses, in nats."""
-    supervised = sum(b.supervised for b in micro_batches)
+def accumulate(work: Work, micro_batches: Sequence[Batch], supervised: float | None = None) -> torch.Tensor:
+    """The gradients of the step's mean loss, summed over its micro-batches and ranks; returns this rank's sum of
+    losses, in nats."""
+    whole = sum(b.supervised for b in micro_batches) if supervised is None else supervised
     total = torch.zeros((), dtype=torch.float32, device=work.device)
-    for batch in micro_batches:
-        with work.autocast():
-            loss = work.loss(batch.to(work.device))
-        # divided by the whole step's count, so that k micro-batches equal one batch
-        (loss / supervised).backward()
+    for number, batch in enumerate(micro_batches, 1):
+        with work.parallel.passing(last=number == len(micro_batches)):
+            with work.autocast():
+                loss = work.parallel.loss(work.loss, batch.to(work.device))
+            if not batch.supervised:  # a stand-in, so that all ranks take as many passes
+                loss = 0.0 * loss
+            # divided by the whole step's count, so that k micro-batches equal one batch
+            (loss / (whole / work.parallel.factor)).backward()
         total += loss.detach()
+    work.parallel.collect()
     return total
 
 
 def clip(work: Work) -> torch.Tensor:
     """Scales the gradients down to `work.clip` where their norm is larger; returns the norm before."""
+    norm = work.parallel.norm(work.trained)
+    if norm is not None:
+        return clip_by(norm, work.trained, work.clip)
     return clip_gradients(work.trained, work.clip, work.foreach)
 
 

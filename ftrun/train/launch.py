@@ -1,0 +1,142 @@
+"""Several processes for one job, by torch's elastic launcher: it starts them, watches them, and starts them anew.
+
+On several machines each one's launcher meets the others at `rdzv_endpoint`; inside a Slurm allocation of several nodes
+(srun ftrun …) that place, and how many there are, follow from Slurm's environment.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import subprocess
+import sys
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ftrun.errors import Interrupted, RunFailed, UserError
+
+_PORT = 29400
+_SHUTDOWN = 30  # seconds that workers have to save what they hold when they are asked to stop
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """The machines of a job. count: how many; index: of this one, from 0; endpoint: where they meet, "" for one."""
+
+    count: int = 1
+    index: int = 0
+    endpoint: str = ""
+    key: str = ""  # the same on all of them, another for each job
+
+
+def nodes_of(nnodes: int | None, endpoint: str | None, environment: Mapping[str, str]) -> Nodes:
+    """Where the job's machines meet: as asked for, else as Slurm's environment has it, else this machine alone.
+
+    Raises UserError where several machines are asked for without a place to meet.
+    """
+    slurm = _of_slurm(environment)
+    count = nnodes or (slurm.count if slurm else 1)
+    if count == 1:
+        return Nodes()
+    index = slurm.index if slurm else int(environment.get("NODE_RANK", environment.get("GROUP_RANK", "0")))
+    place = endpoint or (slurm.endpoint if slurm else "")
+    if not place:
+        raise UserError(
+            f"nnodes={count}: give the place where they meet, the same on each: rdzv_endpoint=HOST:{_PORT}; inside a "
+            "Slurm allocation (srun ftrun …) it is found"
+        )
+    return Nodes(count, index, place, slurm.key if slurm else re.sub(r"\W", "-", place))
+
+
+def _of_slurm(environment: Mapping[str, str]) -> Nodes | None:
+    """What Slurm says of a step that srun began on several nodes, one task on each."""
+    count = int(environment.get("SLURM_STEP_NUM_NODES") or environment.get("SLURM_NNODES") or 1)
+    hosts = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST") or ""
+    if count < 2 or "SLURM_NODEID" not in environment or not hosts:
+        return None
+    job = environment.get("SLURM_JOB_ID", "0")
+    port = _PORT + int(job) % 1000  # two jobs may share a machine
+    return Nodes(count, int(environment["SLURM_NODEID"]), f"{first_host(hosts)}:{port}", f"slurm-{job}")
+
+
+def first_host(hosts: str) -> str:
+    """The first host of Slurm's list: "gpu[03-05,9],cpu1" -> "gpu03"."""
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", re.match(r"[^,\[]+(\[[^\]]*\])?[^,\[]*", hosts).group(0))  # type: ignore[union-attr]
+
+
+def launch(arguments: Sequence[str], processes: int, nodes: Nodes = Nodes(), max_restarts: int = 0) -> None:
+    """`python ARGUMENTS` in so many processes on this machine, until all have ended.
+
+    Raises what the first one that failed ended with: UserError (2), RunFailed (4) or Interrupted (130), with its
+    message; RunFailed where one died without a word. The others are ended within seconds. Torch's launcher starts all
+    of them anew, `max_restarts` times, where one failed.
+    """
+    from torch.distributed.elastic.agent.server.api import SignalException
+    from torch.distributed.elastic.multiprocessing import SignalException as Stopped
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # what it says of failures, we say in one line
+    config = LaunchConfig(
+        min_nodes=nodes.count,
+        max_nodes=nodes.count,
+        nproc_per_node=processes,
+        run_id=nodes.key or uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint=nodes.endpoint or "localhost:0",
+        rdzv_configs={"timeout": 900},
+        max_restarts=max_restarts,
+        monitor_interval=0.5,
+        shutdown_timeout=_SHUTDOWN,
+    )
+    before = {k: os.environ.get(k) for k in _ENVIRONMENT}
+    os.environ.update(_environment(processes))
+    try:
+        elastic_launch(config, sys.executable)(*arguments)
+    except ChildFailedError as error:
+        raise _told(error) from None
+    except (SignalException, Stopped):
+        raise Interrupted("interrupted") from None
+    finally:
+        for key, value in before.items():
+            os.environ.pop(key, None) if value is None else os.environ.__setitem__(key, value)
+
+
+_ENVIRONMENT = ("OMP_NUM_THREADS", "FTRUN_PARENT")
+
+
+def _environment(processes: int) -> dict[str, str]:
+    """What the workers find: threads shared out among them, where nobody said how many; and whom they die with."""
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // processes))
+    return {"OMP_NUM_THREADS": threads, "FTRUN_PARENT": str(os.getpid())}
+
+
+def _told(error: Exception) -> Exception:
+    """The first failure of a worker as ours."""
+    place, failure = error.get_first_failure()  # type: ignore[attr-defined]
+    code, message = failure.exitcode, failure.message if isinstance(failure.message, str) else ""
+    said = message if message and not message.startswith(("<", "Signal")) else ""
+    if code == Interrupted.exit_code:
+        return Interrupted(said or "interrupted")
+    if code == UserError.exit_code:
+        return UserError(said or f"rank {place} refused the job")
+    if said and code == RunFailed.exit_code:
+        return RunFailed(said)
+    how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    return RunFailed(f"the worker of rank {place} {how}. {said}".strip())
+
+
+def processes_here(devices: int, nodes: Nodes) -> int:
+    """The job's processes on this machine. Raises UserError where the machines do not share the devices evenly."""
+    if devices % nodes.count:
+        raise UserError(f"devices={devices}: expected a multiple of nnodes={nodes.count}: as many on each machine")
+    return devices // nodes.count
+
+
+def cards() -> int:
+    """CUDA devices on this machine, asked of the driver in another process: this one must not touch them."""
+    code = "import torch; print(torch.cuda.device_count())"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    return int(found.stdout.strip() or 0) if found.returncode == 0 else 0

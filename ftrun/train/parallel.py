@@ -1,0 +1,269 @@
+"""One model over several processes, by torch's engines: replicated (DDP) or sharded (FSDP2).
+
+ddp: each rank holds the whole base; the gradients of what trains, and nothing else, cross the wire. fsdp: each rank
+holds a part of every weight, quantised ones too (packed values and constants as they are stored, so that what is
+gathered is what was there, bit for bit), and gathers a layer when it runs. Adapters are small: they stay whole on each
+rank, as 8-bit optimisers want them, and their gradients are summed; under method=full what trains is sharded, and each
+rank's optimiser keeps the state of its own shards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ftrun.train.ranks import Ranks
+
+Tensors = dict[str, torch.Tensor]
+
+
+class Root(nn.Module):
+    """The one door to a model that is shared: whatever runs it runs inside this module's forward pass."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, call: Callable[..., Any], *args: Any) -> Any:
+        return call(*args)
+
+
+class Alone:
+    """One process: nothing is shared."""
+
+    gathers = True  # whether the optimiser may keep small parameters as views of larger ones
+    factor = 1.0  # of a loss before its backward pass: what the engine divides by
+
+    def run(self, call: Callable[..., Any], *args: Any) -> Any:
+        """The call, with the model's weights at hand; in training and out of it."""
+        return call(*args)
+
+    def loss(self, call: Callable[..., Any], batch: Any) -> Any:
+        """A loss that a backward pass follows."""
+        return call(batch)
+
+    def passing(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Around a micro-batch's passes; last: whether the step's gradients are whole after it."""
+        return contextlib.nullcontext()
+
+    def collect(self) -> None:
+        """After the last backward pass: the step's gradients, summed over the ranks, where the optimiser reads them."""
+
+    def held(self, parameter: nn.Parameter) -> nn.Parameter:
+        """What the optimiser knows a trained parameter by."""
+        return parameter
+
+    def joined(self, tensors: Tensors, meta: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
+        """An optimiser's state (optim/state.py) as one process would have it."""
+        return tensors, meta
+
+    def cut(self, tensors: Tensors, meta: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
+        """This rank's part of what `joined` gave."""
+        return tensors, meta
+
+    def norm(self, parameters: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        """The norm of all gradients where this rank holds a part of them; None: what it holds is all."""
+        return None
+
+
+class Replicated(Alone):
+    """DDP: gradients are averaged while the backward pass runs, in buckets that they live in."""
+
+    def __init__(self, model: nn.Module, ranks: Ranks) -> None:
+        self.factor = float(ranks.world)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # its successor would send the buffers all the same
+            # all ranks have drawn or read the same values; buffers are constants of the base
+            self.engine = nn.parallel.DistributedDataParallel(
+                Root(model), init_sync=False, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+
+    def loss(self, call: Callable[..., Any], batch: Any) -> Any:
+        return self.engine(call, batch)
+
+    def passing(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if last else self.engine.no_sync()
+
+
+class Sharded(Alone):
+    """FSDP2: each decoder layer a group of its own, all else the root's; gathered before it runs, let go after."""
+
+    def __init__(
+        self, model: nn.Module, layers: Sequence[nn.Module], whole: Sequence[nn.Parameter], ranks: Ranks, offload: bool
+    ) -> None:
+        """whole: trained parameters that stay whole on each rank. offload: shards wait in host memory."""
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+
+        self.whole = list(whole)
+        as_parameters(model)
+        mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+        how = {
+            "mesh": mesh,
+            "ignored_params": set(whole),
+            "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
+        }
+        for layer in layers:
+            fully_shard(layer, reshard_after_forward=True, **how)  # type: ignore[arg-type]
+        self.root = fully_shard(Root(model), reshard_after_forward=True, **how)  # type: ignore[arg-type]
+        self.root.set_gradient_divide_factor(1.0)
+        for layer in layers:
+            layer.set_gradient_divide_factor(1.0)  # type: ignore[operator]
+        self.parts = [p for p in model.parameters() if p.requires_grad and hasattr(p, "to_local")]
+        self.gathers = not self.parts
+        self._locals = {p: nn.Parameter(p.to_local().detach()) for p in self.parts}  # type: ignore[operator]
+
+    def run(self, call: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return self.root(call, *args)
+        finally:
+            self.root.reshard()
+
+    def loss(self, call: Callable[..., Any], batch: Any) -> Any:
+        return self.root(call, batch)
+
+    def collect(self) -> None:
+        sum_gradients(self.whole)
+        for parameter, local in self._locals.items():
+            if parameter.grad is not None:
+                local.grad = parameter.grad.to_local()  # type: ignore[operator]
+                parameter.grad = None
+
+    def held(self, parameter: nn.Parameter) -> nn.Parameter:
+        return self._locals.get(parameter, parameter)
+
+    def joined(self, tensors: Tensors, meta: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
+        """Moments in the parameters' shapes become whole. What has another shape (8 bits with a constant for each
+        block of a shard) is kept rank by rank, and serves as many ranks again."""
+        if not self.parts:
+            return tensors, meta
+        owners = list(self._locals.items())
+        if any(t.dim() and t.shape != owners[_index(name)][1].shape for name, t in tensors.items()):
+            return _of_each_rank(tensors), {**meta, "ranks": dist.get_world_size()}
+        made = {}
+        for name, tensor in tensors.items():
+            whole = owners[_index(name)][0]
+            made[name] = _as_shard(tensor, whole).full_tensor().cpu() if tensor.dim() else tensor
+        return made, {**meta, "shapes": [list(whole.shape) for whole, _ in owners]}
+
+    def cut(self, tensors: Tensors, meta: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
+        if not self.parts:
+            return tensors, meta
+        if "ranks" in meta:
+            rank, world = dist.get_rank(), dist.get_world_size()
+            if meta["ranks"] != world:
+                raise ValueError(
+                    f"the optimiser's 8-bit state was sharded over {meta['ranks']} devices, here are {world}"
+                )
+            own = {n.partition("/")[2]: t for n, t in tensors.items() if n.partition("/")[0] == str(rank)}
+            return own, {k: v for k, v in meta.items() if k != "ranks"}
+        owners = list(self._locals.items())
+        own = {n: _shard_of(t, owners[_index(n)][0]) if t.dim() else t for n, t in tensors.items()}
+        return own, {**meta, "shapes": [list(local.shape) for _, local in owners]}
+
+    def norm(self, parameters: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        if not self._locals:
+            return None
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        square = torch.stack([g.float().square().sum() for g in gradients]).sum() if gradients else torch.zeros(())
+        dist.all_reduce(square)
+        return square.sqrt()
+
+
+def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Each gradient becomes its sum over the ranks: one message for each dtype."""
+    by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+    for gradients in by_dtype.values():
+        flat = torch.cat([g.reshape(-1) for g in gradients])
+        dist.all_reduce(flat)
+        for gradient, piece in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(piece.view_as(gradient))
+
+
+def as_parameters(model: nn.Module) -> None:
+    """Quantised tensors, which are buffers, become frozen parameters, as FSDP2 shards no buffers; scalars stay."""
+    for module in model.modules():
+        if not hasattr(module, "parts"):
+            continue
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None and buffer.dim():
+                del module._buffers[name]
+                module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
+
+
+def _index(name: str) -> int:
+    """The parameter that a tensor of an optimiser's state belongs to: "INDEX.KEY"."""
+    return int(name.partition(".")[0])
+
+
+def _as_shard(local: torch.Tensor, like: Any) -> Any:
+    """A shard's tensor as the part that it is of a whole like `like`."""
+    from torch.distributed.tensor import DTensor
+
+    placed = local.to(like.device)
+    return DTensor.from_local(placed, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+
+
+def _shard_of(whole: torch.Tensor, like: Any) -> torch.Tensor:
+    """This rank's part of a whole tensor, cut as `like` is."""
+    from torch.distributed.tensor import distribute_tensor
+
+    made = distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return made.to_local().clone()
+
+
+def _of_each_rank(tensors: Tensors) -> Tensors:
+    """Every rank's tensors, by "RANK/NAME", on each of them."""
+    world, found = dist.get_world_size(), {}
+    for name, tensor in tensors.items():
+        sizes = torch.zeros(world, dtype=torch.int64)
+        sizes[dist.get_rank()] = tensor.numel()
+        dist.all_reduce(sizes)
+        for rank, size in enumerate(sizes.tolist()):
+            piece = tensor.contiguous() if rank == dist.get_rank() else torch.empty(size, dtype=tensor.dtype)
+            dist.broadcast(piece.view(-1), src=rank)
+            found[f"{rank}/{name}"] = piece
+    return found
+
+
+def clip_by(norm: torch.Tensor, parameters: Sequence[torch.Tensor], largest: float | None) -> torch.Tensor:
+    """Gradients scaled down to a norm of `largest`, given the norm of all; as torch's clip_grad_norm_ does."""
+    if largest is not None and math.isfinite(largest):
+        factor = torch.clamp(largest / (norm + 1e-6), max=1.0)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor.to(parameter.grad.device))
+    return norm
+
+
+def gathered(model: nn.Module, keeps: bool) -> Tensors:
+    """The model's state dict, sharded tensors whole and on the host, tied ones one tensor; every rank must ask.
+
+    keeps: whether this rank wants it; {} where not.
+    """
+    owners = dict(model.named_parameters(remove_duplicate=False))
+    made: dict[int, torch.Tensor] = {}
+    found: Tensors = {}
+    for name, tensor in model.state_dict().items():
+        key = id(owners.get(name, tensor))
+        if key not in made:
+            whole = full(tensor).cpu()
+            made[key] = whole if keeps else torch.empty(0)
+        found[name] = made[key]
+    return found if keeps else {}
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that may be sharded, whole; every rank must ask."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[no-any-return]

@@ -1,0 +1,96 @@
+"""Several processes at one job: which of them this one is, and the few numbers that they tell one another.
+
+Torch's elastic launcher sets RANK, WORLD_SIZE and the rest (ftrun/train/launch.py); alone, nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_PATIENCE = datetime.timedelta(minutes=30)  # for the slowest thing that one rank does alone; a death is seen at once
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """rank: of this process, from 0. world: how many there are. device: where its numbers lie (gloo: the CPU)."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def first(self) -> bool:
+        """Whether this process speaks and writes for all."""
+        return self.rank == 0
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is one process."""
+        return self.world == 1
+
+    def sums(self, numbers: Sequence[float]) -> list[float]:
+        """Each number's sum over the ranks, in float64."""
+        return self._reduced(numbers, dist.ReduceOp.SUM)
+
+    def most(self, numbers: Sequence[float]) -> list[float]:
+        """Each number's largest over the ranks."""
+        return self._reduced(numbers, dist.ReduceOp.MAX)
+
+    def any(self, here: bool) -> bool:
+        """Whether it is so on any rank."""
+        return here if self.alone else self.most([float(here)])[0] > 0
+
+    def told(self, value: Any) -> Any:
+        """The first rank's value, on each of them: what JSON can say."""
+        if self.alone:
+            return value
+        text = json.dumps(value).encode() if self.first else b""
+        size = int(self.sums([float(len(text))])[0])
+        held = torch.zeros(size, dtype=torch.uint8)
+        if self.first:
+            held.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+        held = held.to(self.device)
+        dist.broadcast(held, src=0)
+        return json.loads(bytes(held.cpu().numpy()).decode())
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        if not self.alone:
+            self.sums([0.0])
+
+    def _reduced(self, numbers: Sequence[float], how: dist.ReduceOp.RedOpType) -> list[float]:
+        if self.alone:
+            return list(numbers)
+        held = torch.tensor(list(numbers), dtype=torch.float64, device=self.device)
+        dist.all_reduce(held, how)
+        return held.tolist()
+
+
+def join(kind: str) -> Ranks:
+    """This process's place among those that the launcher started; connects them. kind: the device type.
+
+    Alone where no launcher did. Every rank of a CUDA job takes the card of its local rank.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if "RANK" not in os.environ or world == 1:
+        return Ranks()
+    if not dist.is_initialized():
+        if kind == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=_PATIENCE)
+    device = torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def leave() -> None:
+    """Ends the connection, where there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
