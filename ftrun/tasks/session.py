@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import hashlib
 import importlib.metadata
@@ -93,7 +94,7 @@ class Session:
         """The plan, and what `auto` comes to. Raises DoesNotFit."""
         job, say = self.job, self.console.say
         prepared = self.shared.prepared(job, self.parts, self.corpus, self.device, self.pad_id, self.total, out)
-        self.settled = prepared.settled
+        self.settled = dataclasses.replace(prepared.settled, strategy="fsdp" if job.strategy == "fsdp" else "ddp")
         for note in prepared.notes:
             say(note)
         if self.device.type == "cpu":

@@ -113,11 +113,9 @@ class Sharded(Alone):
         for layer in layers:
             fully_shard(layer, reshard_after_forward=True, **how)  # type: ignore[arg-type]
         self.root = fully_shard(Root(model), reshard_after_forward=True, **how)  # type: ignore[arg-type]
-        self.root.set_gradient_divide_factor(1.0)
-        for layer in layers:
-            layer.set_gradient_divide_factor(1.0)  # type: ignore[operator]
         self.parts = [p for p in model.parameters() if p.requires_grad and hasattr(p, "to_local")]
         self.gathers = not self.parts
+        self.factor = float(ranks.world) if self.parts else 1.0  # FSDP2 averages what it scatters
         self._locals = {p: nn.Parameter(p.to_local().detach()) for p in self.parts}  # type: ignore[operator]
 
     def run(self, call: Callable[..., Any], *args: Any) -> Any:
