@@ -45,7 +45,7 @@ from ftrun.optim.schedule import rate
 from ftrun.runs import read_json
 from ftrun.train.kept import KeptRows, Store
 from ftrun.train.loop import Work
-from ftrun.train.parallel import Alone, Replicated, Sharded
+from ftrun.train.parallel import Alone, Replicated, Sharded, mesh_of
 from ftrun.train.ranks import Ranks
 from ftrun.train.recompute import keep_all, recompute
 from ftrun.values import Anatomy, Batch
@@ -262,7 +262,7 @@ def stand_in(job: Job, rows: Rows, pad_id: int) -> Batch:
 def first_groups(job: Job, corpus: Corpus, micro_batch: int) -> list[list[int]]:
     """The micro-batches in which an epoch of whole batches first meets each row: each row is in one of them."""
     whole, steps = dataclasses.replace(job, steps=None), batching.steps_in(1, len(corpus.train), job.batch)
-    return [part for step in range(steps) for part in micro_rows(whole, corpus, micro_batch, step)]
+    return [part for step in range(steps) for part in micro_rows(whole, corpus, micro_batch, step) if part]
 
 
 def kept_rows(
@@ -326,10 +326,10 @@ def autocast(parts: Sketch, device: torch.device) -> Callable[[], contextlib.Abs
     )
 
 
-def shared(job: Job, parts: Sketch, ranks: Ranks, strategy: str) -> Alone:
+def shared(job: Job, parts: Sketch, ranks: Ranks, strategy: str, mesh: Any = None) -> Alone:
     """The model shared by the ranks. Its weights and what was learnt are in place; the optimiser is made after.
 
-    strategy: "ddp" or "fsdp", settled.
+    strategy: "ddp" or "fsdp", settled. mesh: the ranks', where it was made before.
     """
     if ranks.alone:
         return Alone()
@@ -337,7 +337,7 @@ def shared(job: Job, parts: Sketch, ranks: Ranks, strategy: str) -> Alone:
         return Replicated(parts.model, ranks)
     # under method=full the weights themselves train: they are sharded with the rest
     whole = [p for p in parts.model.parameters() if p.requires_grad] if parts.tuner.switchable else []
-    return Sharded(parts.model, decoder(parts), whole, ranks, job.offload)
+    return Sharded(parts.model, decoder(parts), whole, mesh or mesh_of(ranks), job.offload)
 
 
 def optimiser_buckets(job: Job, parts: Sketch, parallel: Alone | None = None) -> list[dict[str, Any]]:

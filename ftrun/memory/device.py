@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ftrun.errors import UserError
 from ftrun.memory.sizes import parse_size
@@ -42,6 +42,12 @@ class Device:
     bf16: bool
     present: bool
     capability: tuple[int, int] = (0, 0)  # of a CUDA device
+
+    def shared_by(self, processes: int) -> Device:
+        """What one of so many processes has of it: an equal part of the host's memory; each has a card of its own."""
+        if self.type != "cpu" or processes == 1:
+            return self
+        return replace(self, free_bytes=self.free_bytes // processes)
 
     @property
     def context_bytes(self) -> int:

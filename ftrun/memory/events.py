@@ -46,7 +46,8 @@ def allocations() -> Iterator[Allocations]:
 
 def resident_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """The bytes of the distinct storages behind `tensors`."""
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    own = (getattr(t, "_local_tensor", t) for t in tensors)  # of a sharded tensor: the part that lies here
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in own}
     return sum(storages.values())
 
 

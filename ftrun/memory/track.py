@@ -165,7 +165,7 @@ class Tracker(TorchDispatchMode):
     def held(self, tensors: Iterable[torch.Tensor]) -> Moment:
         """What the storages behind `tensors` take, by role, each counted once."""
         found = Moment()
-        for key in {tensor.untyped_storage()._cdata for tensor in tensors}:
+        for key in {own(tensor).untyped_storage()._cdata for tensor in tensors}:
             held = self.live[key]
             _add(found, held.role, held.size, held.filling)
         return found
@@ -194,13 +194,26 @@ class Tracker(TorchDispatchMode):
                 moment.by_role[held.role] -= held.size
                 moment.by_role[role] += held.size
 
+    def resized(self, key: int, size: int) -> None:
+        """A storage has got another size in place."""
+        if key not in self.live:
+            return
+        held = self.live[key]
+        _add(self.now, held.role, -held.size, -held.filling)
+        self._release(held.block)
+        filling, block = self._request(size)
+        self.tick += 1
+        self.live[key] = held._replace(size=size, filling=filling, born=self.tick, block=block)
+        _add(self.now, held.role, size, filling)
+        self._at_peak()
+
     def hold(self, size: int, role: str = "other") -> None:
         """So many bytes are taken for good by what is no tensor: a library's workspace."""
         _add(self.now, role, size, self._request(size)[0])
         self._at_peak()
 
     def _follow(self, tensor: torch.Tensor, role: str) -> int:
-        storage = tensor.untyped_storage()
+        storage = own(tensor).untyped_storage()
         key: int = storage._cdata
         if key in self.live:
             return key
@@ -251,6 +264,11 @@ class Tracker(TorchDispatchMode):
         held = self.live.pop(key)
         _add(self.now, held.role, -held.size, -held.filling)
         self._release(held.block)
+
+
+def own(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor that lies in this process's memory: of one sharded over several processes, its part."""
+    return getattr(tensor, "_local_tensor", tensor)
 
 
 def _add(moment: Moment, role: str, size: int, rounding: int) -> None:

@@ -74,6 +74,8 @@ def _because(settled: Settled, why: str) -> Any:
 
 def _tokens(job: Job, twin: Twin, supply: Callable[[Job], Worst]) -> tuple[int, str]:
     """(tokens of the rows that are seen again, why nothing can be kept)."""
+    if job.devices > 1:
+        return 0, "several devices share the rows"
     if not twin.below:
         return 0, f"method={job.method.choice} trains the lowest layer or what lies below it: no layer stays as it is"
     if not isinstance(supply, Supply):

@@ -51,6 +51,20 @@ class Settled:
         return cls(**settled)
 
 
+def settle_sharing(job: Job, attempt: Callable[[str], tuple[Twin, Settled]]) -> tuple[Twin, Settled]:
+    """How several devices share: as the job says; by itself the base whole on each where that fits, else in parts.
+
+    attempt: strategy -> its twin, and the job settled by it.
+    """
+    strategies = ("ddp", "fsdp") if job.strategy == "auto" and job.devices > 1 else (job.strategy,)
+    for strategy in strategies:
+        twin, settled = attempt(strategy if job.devices > 1 else "ddp")
+        settled = dataclasses.replace(settled, strategy=twin.strategy or "ddp")
+        if settled.plan.fits:
+            break
+    return twin, settled
+
+
 def settle(
     job: Job,
     twin: Twin,
@@ -202,7 +216,7 @@ def worst_of(job: Job, corpus: Corpus, pad_id: int, total: int) -> Worst:
 
     def worst(rows: int) -> list[tuple[int, list[Batch]]]:
         def sizes(step: int) -> tuple[int, int]:
-            parts = assemble.micro_rows(job, corpus, rows, step)[:2]
+            parts = [part for part in assemble.micro_rows(job, corpus, rows, step)[:2] if part]
             found = [int(lengths[p].sum() if packed else lengths[p].max() * len(p)) for p in parts]
             return found[0], found[1] if len(found) > 1 else 0
 
@@ -228,7 +242,7 @@ def _candidates(job: Job, lengths: np.ndarray, total: int) -> list[int]:
 
 
 def _first_two(job: Job, corpus: Corpus, rows: int, pad_id: int, step: int) -> list[Batch]:
-    parts = assemble.micro_rows(job, corpus, rows, step)[:2]
+    parts = [part for part in assemble.micro_rows(job, corpus, rows, step)[:2] if part]
     return [assemble.batching.collate(corpus.train, p, packed=job.kernels == "fast", pad_id=pad_id) for p in parts]
 
 

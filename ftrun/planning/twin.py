@@ -21,14 +21,16 @@ from ftrun.memory import cpu_kernels, cuda, stack
 from ftrun.memory.cost import Cost
 from ftrun.memory.device import Device, Options, resolve
 from ftrun.memory.pool import BLOCK
-from ftrun.memory.track import Instant, Moment, Segment, Tracker
+from ftrun.memory.track import Instant, Moment, Segment, Tracker, own
 from ftrun.methods.base import Wrapper
 from ftrun.methods.files import file_size
 from ftrun.models.load import prepare
 from ftrun.optim.paging import paged_bytes
+from ftrun.planning import sharing
 from ftrun.planning.instants import NamedLoss, named
 from ftrun.planning.layers import only, shape_of, signature, to_fake, to_real
 from ftrun.train.loop import Work, accumulate, clip, clip_gradients, update
+from ftrun.train.parallel import Alone
 from ftrun.values import Batch
 
 CLIPPING, OPTIMISER = "clipping", "optimiser step"
@@ -75,13 +77,21 @@ class Twin:
     """A sketch once more on fake tensors, its method attached. Nothing of the model's size is allocated.
 
     device: what the job is planned for (None: the CPU). whole: run every layer, for those who doubt.
-    counts: also count the work of a step.
+    counts: also count the work of a step. strategy: "ddp" or "fsdp", how the job's devices share where it has several:
+    the plan is then that of the first, which is the fullest.
     """
 
     def __init__(
-        self, job: Job, parts: assemble.Sketch, device: Device | None = None, whole: bool = False, counts: bool = False
+        self,
+        job: Job,
+        parts: assemble.Sketch,
+        device: Device | None = None,
+        whole: bool = False,
+        counts: bool = False,
+        strategy: str = "ddp",
     ) -> None:
         self.job, self.device, self.whole, self.counts = job, device or resolve(Options(type="cpu")), whole, counts
+        self.strategy = strategy if job.devices > 1 else ""
         model = copy.deepcopy(parts.model)
         prepare(model, parts.quantiser, parts.base)
         self.parts = dataclasses.replace(parts, model=model, tuner=type(parts.tuner)(parts.tuner.options))
@@ -163,26 +173,55 @@ class Twin:
         """The step with these layers alone. What equals an earlier one but for its layers' numbers is not run again."""
         key = (kinds, tuple(shape_of(batch) for batch in micro_batches))
         if key not in self._known:
-            with only(self.parts, self.layers, layers):
-                assemble.recompute_first(self.parts, sum(recomputed for _, recomputed, _ in kinds))
-                with self._at_work(keeps=any(alone for *_, alone in kinds)) as (tracker, work):
+            with only(self.parts, self.layers, layers), self._fresh() as parts:
+                assemble.recompute_first(parts, sum(recomputed for _, recomputed, _ in kinds))
+                with self._at_work(parts, keeps=any(alone for *_, alone in kinds)) as (tracker, work):
                     fakes = [batch.each(self.mode.from_tensor) for batch in micro_batches]
-                    self._known[key] = self._take(tracker, work, fakes)
+                    self._known[key] = self._take(parts, tracker, work, fakes)
         return self._known[key]
 
     @contextmanager
-    def _at_work(self, keeps: bool = False) -> Iterator[tuple[Tracker, Work]]:
+    def _fresh(self) -> Iterator[assemble.Sketch]:
+        """The model as it stands; where torch changes it for good to share it out, a copy."""
+        if self.strategy != "fsdp":
+            yield self.parts
+            return
+        model = copy.deepcopy(self.parts.model)
+        tuner = type(self.parts.tuner)(self.parts.tuner.options)
+        yield dataclasses.replace(self.parts, model=model, tuner=tuner)
+
+    @contextmanager
+    def _shared(self, parts: assemble.Sketch, tracker: Tracker) -> Iterator[Alone]:
+        """How the ranks share the model, under fake tensors."""
+        if not self.strategy:
+            yield Alone()
+        elif self.strategy == "ddp":
+            trained = [p for found in parts.tuner.groups(parts.model).values() for p in found]
+            buckets = sharing.Buckets(trained, self.job.devices, tracker)
+            yield buckets
+            buckets.end()
+        else:
+            with sharing.pretended(self.job.devices) as (ranks, mesh), self.mode:
+                yield assemble.shared(self.job, parts, ranks, "fsdp", mesh)
+
+    @contextmanager
+    def _at_work(self, parts: assemble.Sketch, keeps: bool = False) -> Iterator[tuple[Tracker, Work]]:
         """The model as it stands on fake tensors, followed, between two steps."""
+        tracker = self._tracker(self.counts)
         with self.mode:
-            to_fake(self.parts.model, self._made)
-            tracker = self._tracker(self.counts)
-            self.parts.model.train()  # as the loop does: dropout draws masks
-            loss = NamedLoss(self.parts.model, self.job, tracker)
-            loss.prefix = assemble.prefix(self.parts, loss) if keeps else None
-            work = assemble.work(self.job, self.parts, torch.device("cpu"), total=2, loss=loss, kind=self.device.type)
+            to_fake(parts.model, self._made if parts is self.parts else {})
+        with self._shared(parts, tracker) as parallel, self.mode, sharing.resizing(tracker.resized):
+            parts.model.train()  # as the loop does: dropout draws masks
+            loss = NamedLoss(parts.model, self.job, tracker)
+            loss.prefix = assemble.prefix(parts, loss) if keeps else None
+            work = assemble.work(
+                self.job, parts, torch.device("cpu"), total=2, loss=loss, kind=self.device.type, parallel=parallel
+            )
             with tracker, self._operators():
-                _mark(tracker, self.parts)
+                _mark(tracker, parts)
                 self._workspaces(tracker)
+                if isinstance(parallel, sharing.Buckets):
+                    parallel.begin()
                 _make_state(work)
                 work.gather_gradients = tracker.role("gradients")(work.gather_gradients)
                 for tensor in _optimiser_state(work.optimiser):
@@ -210,16 +249,16 @@ class Twin:
             return Tracker(BLOCK, cuda.transient, counts=counts)
         return Tracker(transient=cpu_kernels.transient, counts=counts)
 
-    def _take(self, tracker: Tracker, work: Work, fakes: list[Batch]) -> _Few:
+    def _take(self, parts: assemble.Sketch, tracker: Tracker, work: Work, fakes: list[Batch]) -> _Few:
         """The step itself."""
         for batch in fakes:
             tracker.mark([batch.input_ids, batch.position_ids, batch.targets], "batch")
-        with named(self.parts, tracker):
+        with named(parts, tracker):
             tracker.begin(Instant("embeddings"))
             accumulate(work, fakes)
         tracker.default_role = "activations"
         _end(tracker, work)
-        held, paged = _each_holds(tracker, work, assemble.decoder(self.parts))
+        held, paged = _each_holds(tracker, work, assemble.decoder(parts))
         return _Few(Lived(tracker.segments, tracker.now.copy(), paged_bytes(work.optimiser)), held, paged)
 
     def _extend_end(self, segments: list[Segment], kept: Sequence[int], ends: Sequence[Segment]) -> None:
@@ -248,7 +287,7 @@ class Twin:
 
     def _ends_alone(self, layers: Sequence[int]) -> dict[str, Moment]:
         """What the ends of a step with these layers alone add at their peaks."""
-        with only(self.parts, self.layers, layers), self._at_work() as (tracker, work):
+        with only(self.parts, self.layers, layers), self._fresh() as parts, self._at_work(parts) as (tracker, work):
             for parameter in work.trained:
                 parameter.grad = torch.zeros_like(parameter)
                 tracker.mark([parameter.grad], "gradients")
@@ -288,8 +327,8 @@ def _end(tracker: Tracker, work: Work) -> None:
 def _each_holds(tracker: Tracker, work: Work, layers: Sequence[nn.Module]) -> tuple[list[Moment], list[int]]:
     """What each layer holds between steps and no other does, and the part of it that can page."""
     tensors = [list(_residents(layer, work)) for layer in layers]
-    seen = Counter(key for found in tensors for key in {t.untyped_storage()._cdata for t in found})
-    held = [tracker.held(t for t in found if seen[t.untyped_storage()._cdata] == 1) for found in tensors]
+    seen = Counter(key for found in tensors for key in {own(t).untyped_storage()._cdata for t in found})
+    held = [tracker.held(t for t in found if seen[own(t).untyped_storage()._cdata] == 1) for found in tensors]
     holders = [{work.holder(parameter) for parameter in layer.parameters()} for layer in layers]
     return held, [paged_bytes(work.optimiser, own) for own in holders]
 
@@ -302,7 +341,7 @@ def _residents(layer: nn.Module, work: Work) -> Iterator[torch.Tensor]:
     yield from layer.buffers()
     for parameter in layer.parameters():
         yield parameter
-        state = work.optimiser.state.get(work.holder(parameter), {})
+        state = work.optimiser.state.get(work.holder(work.parallel.held(parameter)), {})
         yield from (v for v in state.values() if isinstance(v, torch.Tensor))
 
 

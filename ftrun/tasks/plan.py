@@ -54,15 +54,19 @@ class Planning:
         from ftrun import assemble
         from ftrun.memory.device import resolve
         from ftrun.planning.keeping import keeping_notes, settle_keeping
-        from ftrun.planning.settle import notes, supply_at_hand
+        from ftrun.planning.settle import Settled, notes, settle_sharing, supply_at_hand
         from ftrun.planning.twin import Twin
 
-        self.job, self.device = job, resolve(job.device.typed())
+        self.job, self.device = job, resolve(job.device.typed()).shared_by(job.devices)
         self.parts = assemble.sketch(job, cache_dir(), say)
         self.supply, source = supply_at_hand(job, self.parts, cache_dir(), say)
-        self.twin = Twin(job, self.parts, self.device)
         out = Path(job.out) if job.out else None
-        self.settled = settle_keeping(job, self.twin, self.supply, self.device, source, out)
+
+        def attempt(strategy: str) -> tuple[Twin, Settled]:
+            twin = Twin(job, self.parts, self.device, strategy=strategy)
+            return twin, settle_keeping(job, twin, self.supply, self.device, source, out)
+
+        self.twin, self.settled = settle_sharing(job, attempt)
         for note in (*notes(job, self.twin), *keeping_notes(job, self.settled, self.twin.below)):
             say(note)
 

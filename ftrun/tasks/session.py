@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import gc
 import hashlib
 import importlib.metadata
@@ -94,7 +93,7 @@ class Session:
         """The plan, and what `auto` comes to. Raises DoesNotFit."""
         job, say = self.job, self.console.say
         prepared = self.shared.prepared(job, self.parts, self.corpus, self.device, self.pad_id, self.total, out)
-        self.settled = dataclasses.replace(prepared.settled, strategy="fsdp" if job.strategy == "fsdp" else "ddp")
+        self.settled = prepared.settled
         for note in prepared.notes:
             say(note)
         if self.device.type == "cpu":

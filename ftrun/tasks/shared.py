@@ -21,7 +21,7 @@ from ftrun.models.base import Base
 from ftrun.models.warm import Shelf
 from ftrun.planning.advice import Advisor, advise
 from ftrun.planning.keeping import keeping_notes, kept_before, settle_keeping
-from ftrun.planning.settle import Settled, Worst, notes, refusal, supply_of
+from ftrun.planning.settle import Settled, Worst, notes, refusal, settle_sharing, supply_of
 from ftrun.planning.twin import Twin
 from ftrun.values import EvalRecord
 
@@ -52,7 +52,8 @@ class Shared:
 
     def device(self, job: Job) -> Device:
         """The job's device, as it was when it was first asked for: before anything of ours lay on it."""
-        return self._devices.setdefault(_key(job.device), resolve(job.device.typed()))
+        found = self._devices.setdefault(_key(job.device), resolve(job.device.typed()))
+        return found.shared_by(job.devices)
 
     def take_for(self, job: Job, kind: str, free_bytes: int) -> None:
         """The job's device as another process has found it, before anything of the study lay on it."""
@@ -101,8 +102,12 @@ def prepare(
     counts: bool = False,
 ) -> Prepared:
     """The plan of a job on its device, with what is to be said of it."""
-    twin = Twin(job, parts, device, counts=counts)
-    settled = settle_keeping(job, twin, supply, device, source, out, earlier)
+
+    def attempt(strategy: str) -> tuple[Twin, Settled]:
+        twin = Twin(job, parts, device, counts=counts, strategy=strategy)
+        return twin, settle_keeping(job, twin, supply, device, source, out, earlier)
+
+    twin, settled = settle_sharing(job, attempt)
     work = twin.step(settled.batches, settled.recomputed, settled.kept.keeps).cost if counts else None
     said = (*notes(job, twin), *keeping_notes(job, settled, twin.below))
     if settled.plan.fits:

@@ -92,19 +92,24 @@ class Replicated(Alone):
         return contextlib.nullcontext() if last else self.engine.no_sync()
 
 
+def mesh_of(ranks: Ranks) -> Any:
+    """The ranks as FSDP2 wants them named; made outside of fake tensors, since it computes with real ones."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(ranks.device.type, (ranks.world,))
+
+
 class Sharded(Alone):
     """FSDP2: each decoder layer a group of its own, all else the root's; gathered before it runs, let go after."""
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[nn.Module], whole: Sequence[nn.Parameter], ranks: Ranks, offload: bool
+        self, model: nn.Module, layers: Sequence[nn.Module], whole: Sequence[nn.Parameter], mesh: Any, offload: bool
     ) -> None:
         """whole: trained parameters that stay whole on each rank. offload: shards wait in host memory."""
-        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
         self.whole = list(whole)
         as_parameters(model)
-        mesh = init_device_mesh(ranks.device.type, (ranks.world,))
         how = {
             "mesh": mesh,
             "ignored_params": set(whole),
@@ -115,7 +120,7 @@ class Sharded(Alone):
         self.root = fully_shard(Root(model), reshard_after_forward=True, **how)  # type: ignore[arg-type]
         self.parts = [p for p in model.parameters() if p.requires_grad and hasattr(p, "to_local")]
         self.gathers = not self.parts
-        self.factor = float(ranks.world) if self.parts else 1.0  # FSDP2 averages what it scatters
+        self.factor = float(mesh.size()) if self.parts else 1.0  # FSDP2 averages what it scatters
         self._locals = {p: nn.Parameter(p.to_local().detach()) for p in self.parts}  # type: ignore[operator]
 
     def run(self, call: Callable[..., Any], *args: Any) -> Any:

@@ -1,0 +1,81 @@
+"""A step of one rank among several, on fake tensors: torch's own FSDP2 over a process group that sends nothing, and the
+buckets of DDP, which its C++ makes where no fake tensor can follow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ftrun.memory.track import Tracker
+from ftrun.train.parallel import Alone, mesh_of
+from ftrun.train.ranks import Ranks
+
+
+class Buckets(Alone):
+    """DDP as a rank's memory sees it: what trains has a place for its gradient from the first step on, in which the
+    gradient is copied as soon as it is whole (torch/csrc/distributed/c10d/reducer.cpp, gradient_as_bucket_view)."""
+
+    def __init__(self, trained: Sequence[nn.Parameter], world: int, tracker: Tracker) -> None:
+        self.factor = float(world)
+        self._tracker = tracker
+        self._places: dict[nn.Parameter, torch.Tensor] = {}
+        self._hooks: list[Any] = []
+        self.trained = trained
+
+    def begin(self) -> None:
+        """The buckets, made under the tracker."""
+        for dtype in dict.fromkeys(p.dtype for p in self.trained):
+            own = [p for p in self.trained if p.dtype == dtype]
+            whole = torch.zeros(sum(p.numel() for p in own), dtype=dtype)
+            self._tracker.mark([whole], "gradients")
+            for parameter, place in zip(own, whole.split([p.numel() for p in own]), strict=True):
+                self._places[parameter] = place.view_as(parameter)
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(self._take))
+
+    def end(self) -> None:
+        """The model as it was."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _take(self, parameter: torch.Tensor) -> None:
+        place = self._places[parameter]  # type: ignore[index]
+        if parameter.grad is not place:
+            with torch.no_grad():
+                place.copy_(parameter.grad)  # type: ignore[arg-type]
+            parameter.grad = place
+
+
+@contextlib.contextmanager
+def pretended(world: int) -> Iterator[tuple[Ranks, Any]]:
+    """Within the block this process is the first of so many that hear nothing of each other, and their mesh."""
+    assert not dist.is_initialized(), "a plan is made before the ranks are joined"
+    dist.init_process_group("fake", rank=0, world_size=world)
+    try:
+        ranks = Ranks(0, world)
+        yield ranks, mesh_of(ranks)
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def resizing(told: Callable[[int, int], None]) -> Iterator[None]:
+    """Within the block `told(storage's key, bytes)` hears of storages that are resized in place, as FSDP2 lets its
+    gathered weights go and takes them back."""
+    own = torch.UntypedStorage.resize_
+
+    def resize(storage: torch.UntypedStorage, size: int) -> Any:
+        made = own(storage, size)
+        told(storage._cdata, size)
+        return made
+
+    torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.UntypedStorage.resize_ = own  # type: ignore[method-assign]
