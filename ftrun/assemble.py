@@ -30,6 +30,7 @@ from ftrun.job import Job
 from ftrun.memory.device import Device
 from ftrun.memory.host import settle_maths
 from ftrun.methods.files import load_adapter
+from ftrun.models import provenance
 from ftrun.models.base import Base, open_base
 from ftrun.models.forward import PACKED, PLAIN, TokenLoss, register_attention
 from ftrun.models.fuse import fuse
@@ -40,6 +41,7 @@ from ftrun.models.skeleton import check_length, skeleton
 from ftrun.models.warm import Shelf
 from ftrun.optim.gather import buckets, gather
 from ftrun.optim.schedule import rate
+from ftrun.runs import read_json
 from ftrun.train.kept import KeptRows, Store
 from ftrun.train.loop import Work
 from ftrun.train.recompute import keep_all, recompute
@@ -92,7 +94,7 @@ def base_name(job: Job) -> str:
 
 def rows(job: Job, parts: Sketch, cache: Path, say: Say) -> Corpus:
     """The job's rows, tokenised, with the method's virtual tokens counted in."""
-    vocabulary = parts.model.get_input_embeddings().num_embeddings
+    vocabulary = parts.model.get_input_embeddings().weight.shape[0]
     prefix = tuple(range(vocabulary, vocabulary + parts.tuner.prefix))
     tokenizer = parts.base.tokenizer()
     corpus = load(job.data.load(), job.data.typed(), tokenizer, job.seq_len, prefix, job.seed, cache, say)
@@ -115,11 +117,19 @@ def _check_ids(corpus: Corpus, tokenizer: Any, vocabulary: int, padded: bool) ->
 
 
 def furnish(
-    job: Job, parts: Sketch, device: torch.device, cache: Path, say: Say, recomputed: int, shelf: Shelf | None = None
+    job: Job,
+    parts: Sketch,
+    device: torch.device,
+    cache: Path,
+    say: Say,
+    recomputed: int,
+    shelf: Shelf | None = None,
+    expects_scheme: bool = True,
 ) -> None:
     """Weights into the skeleton, then the method on top, drawn or read from `method.from`.
 
     shelf: keeps frozen weights for later jobs of this process; one that trains them itself takes none and leaves none.
+    expects_scheme: whether the base of an adapter that is read must be stored here as it was there.
     """
     if shelf is not None and not parts.tuner.switchable:
         shelf.clear()
@@ -130,9 +140,43 @@ def furnish(
     parts.tuner.initialise(parts.model, job.seed, parts.base.tokenizer())
     source = getattr(parts.tuner.options, "from_", None)
     if source:
-        config, tensors = load_adapter(Path(source).expanduser())
-        parts.tuner.check(config)
-        parts.tuner.load_state(parts.model, tensors)
+        adopt(job, parts, Path(source).expanduser(), say, expects_scheme)
+
+
+def adopt(job: Job, parts: Sketch, folder: Path, say: Say, expects_scheme: bool = True) -> None:
+    """An adapter's values into the model, once it is seen to belong to this base.
+
+    Raises UserError where it does not, unless the job has allow_drift, and where a tensor has no place.
+    """
+    config, tensors = load_adapter(folder)
+    check_provenance(job, parts, folder, say, expects_scheme)
+    parts.tuner.check(config)
+    parts.tuner.load_state(parts.model, tensors)
+
+
+def check_provenance(job: Job, parts: Sketch, folder: Path, say: Say, expects_scheme: bool = True) -> None:
+    """UserError, naming all that differs, where what lies in `folder` was trained on another base than the job's.
+
+    Said aloud: a drift that the job allows, and a folder that nothing is on record of.
+    """
+    recorded = read_json(folder / provenance.FILE)
+    if recorded is None:
+        say(f"warning: {folder}: holds no {provenance.FILE}: whether it belongs to this base cannot be told")
+        return
+    try:
+        found = provenance.drifts(recorded, provenance.record(parts.base, parts.quantiser.scheme()))
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
+    found = [one for one in found if expects_scheme or one.what != "quantisation"]
+    if not found:
+        return
+    listed = "".join(f"\n  {one}" for one in found)
+    if not job.allow_drift:
+        raise UserError(
+            f"{folder}: does not belong to the base at hand:{listed}\nallow_drift=true goes on all the same, and "
+            "records it"
+        )
+    say(f"warning: allow_drift=true: {folder} does not belong to the base at hand:{listed}")
 
 
 def attach(job: Job, parts: Sketch) -> None:
@@ -230,10 +274,6 @@ def work(
     options = job.optim.typed()
     groups, gathered = gather(optimiser_buckets(job, parts))
     optimiser = job.optim.load().build(groups, options, kind or device.type)
-    low = parts.base.dtype == torch.bfloat16 and not parts.tuner.switchable and _trained_dtype(parts) == torch.float32
-    # without its cache: that holds a copy of every weight to the end of the forward pass, for a second use of none
-    half = functools.partial(torch.autocast, device.type, torch.bfloat16, cache_enabled=False)
-    autocast = half if low else contextlib.nullcontext
     return Work(
         model=parts.model,
         loss=loss or TokenLoss(parts.model, job.kernels, job.loss_chunk),
@@ -247,7 +287,18 @@ def work(
         device=device,
         clip=options.clip,
         foreach=True if (kind or device.type) == "cuda" else None,
-        autocast=autocast,
+        autocast=autocast(parts, device),
+    )
+
+
+def autocast(parts: Sketch, device: torch.device) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    """How the model runs: as it is, or, where it trains float32 masters of a bfloat16 base, under autocast."""
+    low = parts.base.dtype == torch.bfloat16 and not parts.tuner.switchable and _trained_dtype(parts) == torch.float32
+    # without its cache: that holds a copy of every weight to the end of the forward pass, for a second use of none
+    return (
+        functools.partial(torch.autocast, device.type, torch.bfloat16, cache_enabled=False)
+        if low
+        else contextlib.nullcontext
     )
 
 

@@ -7,7 +7,7 @@ import sys
 try:
     import importlib
     import os
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
     from typing import Any
 
@@ -106,9 +106,20 @@ def run_verb(verb: str, overrides: Sequence[str], config_dirs: Sequence[Path] = 
     from ftrun.compose import compose_alone
 
     own, overrides = verb_options(verb, overrides)
-    job = compose_alone(overrides, config_dirs)
+    job = compose_alone([*_of_run(verb, own), *overrides], config_dirs)
     job.check()
     return int(importlib.import_module(VERBS[verb]).run(job, **own))
+
+
+def _of_run(verb: str, own: Mapping[str, Any]) -> list[str]:
+    """run=DIR: the job starts from what the run's folder holds."""
+    if "run" not in own:
+        return []
+    from ftrun.runs import job_file
+
+    if own["run"] is None:
+        raise UserError(f"run is missing: ftrun {verb} run=DIR, the folder of a finished run")
+    return [f"job={job_file(Path(own['run']))}"]
 
 
 def task_file(verb: str) -> Path:

@@ -39,7 +39,7 @@ STUDY_ROOMS = {"search": "ftrun.studies.search", "launcher": "ftrun.studies.laun
 # keys of a study that stand for an option of its search
 STUDY_KEYS = {"budget": "search.budget", "trials": "search.trials"}
 # where and how a run is watched is not what it computes
-_PLACES = ("name", "out", "resume", "refuse", "debug", "log", "save_every")
+_PLACES = ("name", "out", "resume", "refuse", "allow_drift", "debug", "log", "save_every")
 _ROOT = Path(__file__).parent
 
 
@@ -119,6 +119,7 @@ class Job:
         "auto", "auto: go on in the same folder; never; force: accept a changed job", choices=("auto", "never", "force")
     )
     refuse: bool = option(True, "refuse a job that does not fit the device")
+    allow_drift: bool = option(False, "go on with an adapter that was trained on another base, and record it")
     debug: bool = option(False, "show tracebacks")
     tree: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 

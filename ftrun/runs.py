@@ -21,10 +21,22 @@ from typing import Any
 import yaml
 
 from ftrun import lock
-from ftrun.errors import UserError
+from ftrun.errors import UserError, nearest
 
 # keys that may differ between a run and its continuation: they change how long or how it is watched, not what it is
-_FREE = {"name", "out", "resume", "refuse", "debug", "log", "choices.log", "save_every", "steps", "epochs"}
+_FREE = {
+    "name",
+    "out",
+    "resume",
+    "refuse",
+    "allow_drift",
+    "debug",
+    "log",
+    "choices.log",
+    "save_every",
+    "steps",
+    "epochs",
+}
 _LISTED = 8
 _LONGEST = 255  # bytes of a file's name
 # what a process that was killed while it wrote leaves beside its files
@@ -216,6 +228,23 @@ def check_run(path: Path, job: Mapping[str, Any], resume: str) -> dict[str, Any]
             raise UserError(f"out={path}: {nearest} {why}; name another out")
     lock.check_free(path)
     return there
+
+
+def job_file(path: Path) -> Path:
+    """The job.yaml of a run's folder. Raises UserError, naming what comes nearest, where `path` is no such folder."""
+    found = path / "job.yaml"
+    if found.is_file():
+        return found
+    if not path.is_dir():
+        beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+        close = nearest(path.name, beside)
+        guess = f". Did you mean run={path.parent / close}?" if close else ""
+        raise UserError(f"run={path}: no such folder{guess}")
+    if (path.parent / "job.yaml").is_file():
+        raise UserError(f"run={path}: expected the run's own folder. Did you mean run={path.parent}?")
+    if (path / "study.yaml").is_file():
+        raise UserError(f"run={path}: a study of several runs: name one of {path / 'runs'}")
+    raise UserError(f"run={path}: holds no run (no job.yaml)")
 
 
 def steps_done(path: Path) -> int:

@@ -92,6 +92,15 @@ class Wrapper(nn.Module):
         digest = hashlib.sha256(f"{seed}:{self.name}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
+    def rescale(self, factor: float) -> None:
+        """Takes so much of what was trained: 1 all of it, 0 the base itself. Counted from the trained values each time.
+
+        Raises UserError where there is no in-between.
+        """
+        raise UserError(
+            f"scale={factor:g}: {type(self).__name__} has no update that could be scaled; only 1 is possible"
+        )
+
     @property
     def weight(self) -> torch.Tensor:
         """The base's weight: some models ask a layer for its dtype."""
@@ -107,13 +116,15 @@ class Tuner(Generic[O]):
 
     needs: which part of the anatomy `attach` reads ("sites", "blocks", "embeddings", "all"). merges: whether
     base and method can become one plain model; `why_not` says why where they cannot. switchable: whether
-    `disabled` can give the base back for a while. prefix: virtual tokens in front of every row.
+    `disabled` can give the base back for a while. prefix: virtual tokens in front of every row. last_factors: ends of
+    the names of tensors that start at zero, so that an update does nothing before it was trained.
     """
 
     needs: ClassVar[str] = "sites"
     merges: ClassVar[bool] = True
     why_not: ClassVar[str] = ""
     switchable: ClassVar[bool] = True
+    last_factors: ClassVar[tuple[str, ...]] = ()
     prefix: int = 0
 
     def __init__(self, options: O) -> None:
@@ -254,6 +265,17 @@ class Tuner(Generic[O]):
         finally:
             for wrapper in found:
                 wrapper.settle(False)
+
+    def scale(self, model: nn.Module, factor: float) -> None:
+        """Takes so much of the update, from 1 (as trained) down to 0 (the base) or beyond. UserError where none can."""
+        if factor != 1 and not self.switchable:
+            raise UserError(f"scale={factor:g}: method={self.kind} changed the base's own weights; only 1 is possible")
+        for wrapper in wrappers(model):
+            wrapper.rescale(factor)
+
+    def idle(self, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+        """The names, in a file of this method's, of updates that do nothing: their last factor is zero."""
+        return [n for n, t in tensors.items() if n.endswith(self.last_factors) and not bool(t.any())]
 
     @property
     def kind(self) -> str:

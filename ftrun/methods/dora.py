@@ -32,6 +32,7 @@ class DoRALinear(lora.LoRALinear):
     def __init__(self, name: str, layer: nn.Module, update: Update) -> None:
         super().__init__(name, layer, update)
         self.magnitude = base.parameter((self.lora_B.shape[0],), layer, update.dtype)
+        self._trained: torch.Tensor | None = None  # the lengths as trained, once they were rescaled
         self.square: torch.Tensor
         # ‖W‖² of each row: derived from the base, so it is in no file
         self.register_buffer("square", torch.zeros_like(self.magnitude, dtype=torch.float32), persistent=False)
@@ -65,6 +66,15 @@ class DoRALinear(lora.LoRALinear):
         weight = functools.partial(dense_weight, self.base)
         trained = (self.lora_A, self.lora_B, self.magnitude, self.scale)
         return product.factors(weight, self.bias, self.square, *trained)
+
+    def rescale(self, factor: float) -> None:
+        """The lengths go from the base's own rows' to the trained ones as the direction does."""
+        super().rescale(factor)
+        if self._trained is None:
+            self._trained = self.magnitude.detach().clone()
+        own, trained = self.square.sqrt(), self._trained.float()
+        with torch.no_grad():
+            self.magnitude.copy_(trained if factor == 1 else own + factor * (trained - own))
 
     def merged_weight(self) -> torch.Tensor:
         with torch.no_grad():

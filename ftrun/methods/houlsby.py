@@ -46,6 +46,7 @@ class Bottleneck(base.Wrapper):
 
     def __init__(self, name: str, module: nn.Module, width: int, options: Options) -> None:
         super().__init__(name, module)
+        self.factor = 1.0
         self.parallel, self.activation = options.placement == "parallel", options.activation
         dtype, size = getattr(torch, options.dtype), options.bottleneck
         self.down = base.parameter((size, width), module, dtype)
@@ -75,8 +76,12 @@ class Bottleneck(base.Wrapper):
     def joined(self, x: torch.Tensor, out: Any) -> Any:
         # some mixtures of experts give their router's scores as well
         first, *rest = out if isinstance(out, tuple) else (out,)
-        first = first + self.bottleneck(x if self.parallel else first)
+        update = self.bottleneck(x if self.parallel else first)
+        first = first + (update if self.factor == 1 else self.factor * update)
         return (first, *rest) if isinstance(out, tuple) else first
+
+    def rescale(self, factor: float) -> None:
+        self.factor = factor
 
     def bottleneck(self, h: torch.Tensor) -> torch.Tensor:
         """up(f(down(h))) for h (…, width), in the dtype of h."""
@@ -88,6 +93,7 @@ class Tuner(base.Tuner[Options]):
     """Two bottlenecks a layer (both), one after the feed-forward (ffn), or one beside it (parallel)."""
 
     needs = "blocks"
+    last_factors = ("adapter_up.weight",)
     merges = False
     why_not = "a nonlinearity stands between its two matrices, so no single matrix does what they do"
 

@@ -22,7 +22,9 @@ class Kept(Wrapper):
         super().__init__(name, base)
         self.kept: nn.Parameter = partner.kept if partner else parameter(tuple(self.weight.shape), base, dtype)
         self.kept_bias = None if self.bias is None else parameter(tuple(self.bias.shape), base, dtype)
+        self._follows = partner is not None
         self._pair: list[nn.Parameter] | None = None
+        self._trained: list[torch.Tensor] | None = None  # the values as trained, once they were rescaled
         if partner is not None:
             self._pair = partner._pair = []
 
@@ -48,6 +50,16 @@ class Kept(Wrapper):
             return F.linear(x, self.kept.to(x.dtype), bias)
         rows = F.embedding(x, self.kept, self.base.padding_idx).to(self.base.weight.dtype)
         return rows if (scale := embed_scale(self.base)) is None else rows * scale.to(rows.dtype)
+
+    def rescale(self, factor: float) -> None:
+        # of a tied pair the first one's values are both's
+        pairs = [] if self._follows else [(self.kept, self.base.weight)]
+        pairs += [] if self.kept_bias is None else [(self.kept_bias, self.base.bias)]
+        if self._trained is None:
+            self._trained = [kept.detach().clone() for kept, _ in pairs]
+        with torch.no_grad():
+            for (kept, own), trained in zip(pairs, self._trained, strict=True):
+                kept.copy_(trained if factor == 1 else own.to(kept.dtype) + factor * (trained - own.to(kept.dtype)))
 
     def merged_weight(self) -> torch.Tensor:
         return self.kept.detach().float()

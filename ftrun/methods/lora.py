@@ -76,6 +76,9 @@ class LoRALinear(base.Wrapper):
         weight = functools.partial(dense_weight, self.base)
         return product.Factors(weight, self.bias, self.lora_A, self.lora_B, self.scale)
 
+    def rescale(self, factor: float) -> None:
+        self.scale, self._kept = self.update.scale * factor, None
+
     def merged_weight(self) -> torch.Tensor:
         with torch.no_grad():
             return dense_weight(self.base, torch.float32) + self.scale * (self.lora_B.float() @ self.lora_A.float())
@@ -108,6 +111,9 @@ class LoRAEmbedding(base.Wrapper):
         update = self.scale * (narrow.to(out.dtype) @ self.lora_B.T.to(out.dtype))
         factor = embed_scale(self.base)
         return out + (update if factor is None else update * factor.to(out.dtype))
+
+    def rescale(self, factor: float) -> None:
+        self.scale = self.update.scale * factor
 
     def merged_weight(self) -> torch.Tensor:
         with torch.no_grad():
@@ -155,6 +161,9 @@ class LoRAExperts(base.Wrapper):
         a, b = F.pad(self.lora_A.to(x.dtype), (0, 0, 0, fill)), F.pad(self.lora_B.to(x.dtype), (0, fill))
         seen = F.dropout(x, self.update.dropout, self.training)
         return out + self.scale * grouped_product(grouped_product(seen, a, offsets), b, offsets)
+
+    def rescale(self, factor: float) -> None:
+        self.scale = self.update.scale * factor
 
     def merged_weight(self) -> torch.Tensor:
         with torch.no_grad():

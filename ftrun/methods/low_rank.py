@@ -43,6 +43,8 @@ class Update:
 class LowRank(base.Tuner[L]):
     """The walk that LoRA and DoRA share: which sites, which ranks, what the file's config says."""
 
+    last_factors = ("lora_B.weight", "lora_embedding_A")
+
     def __init__(self, options: L) -> None:
         super().__init__(options)
         self._updates: dict[str, Update] = {}

@@ -59,6 +59,10 @@ class Prompt(base.Wrapper):
         learnt = F.embedding((ids - self.first).clamp_min(0), self.vectors.to(out.dtype))
         return torch.where(virtual[..., None], learnt, out)
 
+    def rescale(self, factor: float) -> None:
+        if factor != 1:
+            raise UserError(f"scale={factor:g}: method=prompt has no update to scale: its tokens are there or not")
+
     def start(self, ids: list[int]) -> None:
         """Starts from the embeddings of these tokens, repeated or cut to the number of virtual tokens."""
         count = self.vectors.shape[0]

@@ -7,11 +7,8 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import hashlib
-import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -21,9 +18,9 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from ftrun.beside import replace_text
 from ftrun.errors import UserError, nearest
 from ftrun.models import config as configs
+from ftrun.models.digests import FileDigest, digest
 from ftrun.models.options import Options
 from ftrun.models.sources import folder as folders
 from ftrun.models.sources import hub, package
@@ -59,7 +56,7 @@ class Base:
         self.dtype: torch.dtype = getattr(torch, options.dtype)
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._files: tuple[Path, ...] | None = None
-        self._digests: dict[Path, str] = {}
+        self._digests: dict[Path, FileDigest] = {}
         self._converted = cache / "models" / name.replace("/", "--")
         here = self._at_hand()
         if here is not None:
@@ -117,15 +114,19 @@ class Base:
 
         Streamed, and kept in the cache by each file's path, size and time. Fetches.
         """
+        found = self.digests()
+        if len(found) == 1:
+            return next(iter(found.values())).whole
+        listed = "".join(f"{one.whole}  {path.name}\n" for path, one in found.items())
+        return hashlib.sha256(listed.encode()).hexdigest()
+
+    def digests(self, fresh: bool = False) -> dict[Path, FileDigest]:
+        """Each file's hash and those of its tensors. fresh: read the bytes, whatever the cache knows. Fetches."""
         files = self.fetch().files or ()
         for path in files:
-            if path not in self._digests:
-                self._digests[path] = _file_hash(path, self.cache, self.say)
-        digests = [self._digests[path] for path in files]
-        if len(digests) == 1:
-            return digests[0]
-        listed = "".join(f"{d}  {p.name}\n" for d, p in zip(digests, files, strict=True))
-        return hashlib.sha256(listed.encode()).hexdigest()
+            if fresh or path not in self._digests:
+                self._digests[path] = digest(path, self.cache, self.say, fresh)
+        return {path: self._digests[path] for path in files}
 
     @property
     def reference(self) -> str:
@@ -265,20 +266,3 @@ def _is_whole(snapshot: Path) -> bool:
 
 def _has_tokenizer(folder: Path | None) -> bool:
     return folder is not None and any((folder / name).is_file() for name in _TOKENIZER_FILES)
-
-
-def _file_hash(path: Path, cache: Path, say: Say) -> str:
-    """SHA-256 of one file, from the cache where its path, size and time are known there."""
-    stat = path.resolve().stat()
-    key = json.dumps([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
-    note = cache / "hashes" / hashlib.sha256(key.encode()).hexdigest()[:32]
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        if re.fullmatch("[0-9a-f]{64}", known := note.read_text(encoding="utf-8")):
-            return known
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    try:
-        replace_text(note, digest)
-    except OSError as error:
-        say(f"warning: the hash of {path.name} is not kept in {note.parent}: {error.strerror or error}")
-    return digest

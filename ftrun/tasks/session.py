@@ -30,6 +30,7 @@ from ftrun.memory.measure import Meter
 from ftrun.metrics import jsonl
 from ftrun.metrics.console import Console
 from ftrun.metrics.sink import Sink
+from ftrun.models import provenance
 from ftrun.models.forward import attention
 from ftrun.planning.keeping import FOLDER
 from ftrun.runs import Run, read_json, write_json
@@ -307,8 +308,7 @@ class Session:
         """What an adapter belongs to: the base's hash, how it was stored, and the versions at work."""
         packages = ("ftrun", "torch", "transformers", "bitsandbytes", "safetensors")
         return {
-            "base": self.parts.base.describe(),
-            "quantisation": self.parts.quantiser.scheme(),
+            **provenance.record(self.parts.base, self.parts.quantiser.scheme()),
             "method": self.job.method.choice,
             "versions": {name: importlib.metadata.version(name) for name in packages},
         }

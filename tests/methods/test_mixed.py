@@ -158,7 +158,7 @@ def test_what_cannot_be_mixed_is_said() -> None:
     with pytest.raises(UserError, match="math is of method=full, which trains the base's own weights"):
         Adapter("math", tuner_of("full"), model, anatomy(model, "all", "all"), "fast")
     mix, _ = mixed("llama", [_FIRST, ("lora", {})])
-    with pytest.raises(UserError, match="the adapter 'a3' is unknown. Did you mean 'a[01]'"):
+    with pytest.raises(UserError, match=r"the adapter 'a3' is unknown\. Did you mean 'a[01]'"):
         mix.assign(["a0", "a3"])
 
 
