@@ -118,7 +118,7 @@ def _of_run(verb: str, own: Mapping[str, Any]) -> list[str]:
     from ftrun.runs import job_file
 
     # of several adapters the first one's run says what the base is
-    found = own["run"] or next(iter(own.get("adapters") or {"": None}.values()), None)
+    found = own["run"] or next(iter(own.get("adapters", {}).values()), None)
     if found is None:
         raise UserError(f"run is missing: ftrun {verb} run=DIR, the folder of a finished run")
     return [f"job={job_file(Path(found))}"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,8 +21,8 @@ from ftrun.methods.files import load_adapter, save_adapter
 from ftrun.methods.mixed import Adapter, Mix
 from ftrun.models import provenance
 from ftrun.models.forward import attention
-from ftrun.models.load import fill
 from ftrun.models.fuse import fuse
+from ftrun.models.load import fill
 from ftrun.runs import aside, cache_dir, job_file, read_json, write_json
 from ftrun.tasks.prompts import BASE, Frame, Prompt
 from ftrun.tasks.tuned import Tuned, here, open_tuned
@@ -123,9 +124,9 @@ class Several:
         )
         made = Adapter(name, job.method.load().Tuner(options), self.model, found, self.job.kernels)
         config, tensors = load_adapter(folder)
-        frame = self.frames[name] = Frame(job, self.tokenizer)
-        own, self.tokenizer.chat_template = self.tokenizer.chat_template, frame.template
-        assemble.check_provenance(self.job, self.parts, folder, say)
+        self.frames[name] = Frame(job, self.tokenizer)
+        own, allowed = self.tokenizer.chat_template, dataclasses.replace(job, allow_drift=self.job.allow_drift)
+        assemble.check_provenance(allowed, self.parts, folder, say)
         self.tokenizer.chat_template = own
         made.load(config, tensors)
         return made
@@ -146,7 +147,7 @@ class Several:
         return [*_virtual(self.model, count), *frame.ids(prompt, raw)]
 
     def save(self, folder: Path, record: Mapping[str, Any]) -> None:
-        """The blend in PEFT's format, with its provenance; whole or not at all. UserError where something lies there."""
+        """The blend in PEFT's format, with its provenance; whole or not at all. UserError where one lies there."""
         assert self.blend is not None
         if folder.exists():
             raise UserError(f"out={folder}: is there already; name another folder for the blend")

@@ -22,7 +22,7 @@ Runs = dict[str, Path]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Finished runs of three steps: two of lora, others on the same base."""
+    """Finished runs of one step: two of lora, others on the same base."""
     folder = tmp_path_factory.mktemp("generate")
     base, rows = tiny_base(folder / "llama"), write_rows(folder / "rows.jsonl")
     jobs = {
@@ -31,9 +31,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         "c": ("method=houlsby", "method.bottleneck=8"),
         "d": ("method=prompt", "method.tokens=4"),
         "e": ("method=full",),
+        "f": ("method=lora", "rank=2", "data.template=plain"),
     }
     for name, more in jobs.items():
-        line = overrides(base, rows, *more, "steps=3", "lr=0.02", "eval=none", f"out={folder / name}")
+        line = overrides(base, rows, *more, "steps=1", "lr=0.05", "eval=none", f"out={folder / name}")
         assert main(line) == 0
     return {**{name: folder / name for name in jobs}, "base": base}
 
@@ -140,9 +141,7 @@ def test_each_prompt_names_its_adapter(runs: Runs, tmp_path: Path, capsys: pytes
     assert "names no adapter" in asked(capsys, adapters, f"prompts={file}", code=2)[1]
 
 
-def test_a_blend_answers_and_is_saved_for_peft(
-    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_blend_answers_and_is_saved_for_peft(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "blended"
     line = (f"adapters={{x: {runs['a']}, y: {runs['b']}}}", "blend={x: 0.7, y: 0.3}", f"out={out}")
     _, said = asked(capsys, *line)
@@ -178,9 +177,17 @@ def test_a_conversation_remembers_until_it_is_reset(
     assert talked(f"nine?{first[0]}and?")[0][0] == first[1]
 
 
-def test_a_pipe_is_the_prompt(
-    runs: Runs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_is_asked_in_its_own_template(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    framed = objects(capsys, f"run={runs['f']}", "prompt=nine?")["answers"]
+    # the plain template: what is said, a line end, the answer
+    assert framed == objects(capsys, f"run={runs['f']}", "prompt=nine?\n", "raw=true")["answers"]
+    assert framed != objects(capsys, f"run={runs['f']}", "prompt=nine?", "raw=true")["answers"]
+    mixed = objects(capsys, f"adapters={{x: {runs['a']}, y: {runs['f']}}}", "prompt=nine?")["answers"]
+    assert mixed["y"] == framed["tuned"]
+    assert mixed["x"] == objects(capsys, f"run={runs['a']}", "prompt=nine?")["answers"]["tuned"]
+
+
+def test_a_pipe_is_the_prompt(runs: Runs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("nine?\n"))
     found = objects(capsys, f"run={runs['a']}")
     assert found["prompt"] == "nine?"
