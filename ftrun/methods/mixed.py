@@ -87,7 +87,7 @@ class Mixed(nn.Module):
     def forward(self, x: torch.Tensor) -> Any:
         assert self.rows.count, "no row has been given its adapter: Mix.assign comes first"
         if self.rows.alone in self.by_name:
-            return self.by_name[self.rows.alone](x)  # type: ignore[index]
+            return self.by_name[self.rows.alone](x)
         mine = [(place, self.by_name[name]) for name, place in self.rows.places.items() if name in self.by_name]
         if not mine:
             return self.base(x)
@@ -113,7 +113,7 @@ class Mixed(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The base's weight: some models ask a layer for its dtype."""
-        return self.base.weight  # type: ignore[no-any-return, union-attr]
+        return self.base.weight
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -186,7 +186,8 @@ def _in_turn(
     """A sublayer of experts, on each adapter's tokens alone. hidden (tokens, width), row after row of the batch."""
     assert rows.count, "no row has been given its adapter: Mix.assign comes first"
     given = [t.view(rows.count, -1, t.shape[-1]) for t in (hidden, *routing)]
-    places: dict[str | None, slice | torch.Tensor] = {**rows.places}
+    places: dict[str | None, slice | torch.Tensor] = {}
+    places.update(rows.places)
     if rows.rest is not None or not places:
         places[None] = slice(0, rows.count) if rows.rest is None else rows.rest
     out = torch.empty_like(given[0])

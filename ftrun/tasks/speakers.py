@@ -34,10 +34,13 @@ class Speakers(Protocol):
     """names: whose answers can be had, the base's apart. together: whether one batch may ask several of them."""
 
     job: Job
-    model: Any
     tokenizer: Any
     names: tuple[str, ...]
     together: bool
+
+    @property
+    def model(self) -> Any:
+        """The model that answers, within `speaking`."""
 
     def speaking(self, names: Sequence[str]) -> contextlib.AbstractContextManager[Meet | None]:
         """For a while the model's rows are answered by these, one a row ("base": the untuned model); gives what is to
@@ -52,7 +55,7 @@ class One:
     """A finished run: "tuned" and "base"."""
 
     together = False
-    names = ("tuned",)
+    names: tuple[str, ...] = ("tuned",)
 
     def __init__(self, run: Path, job: Job, scale: float, say: Say) -> None:
         self.run, self.scale, self.cache, self.say = run, scale, cache_dir(), say
