@@ -26,6 +26,7 @@ from ftrun.data import batches as batching
 from ftrun.data.load import Corpus, load
 from ftrun.data.prefetch import prefetch
 from ftrun.data.rows import Rows
+from ftrun.data.template import adopt as adopt_template
 from ftrun.errors import UserError
 from ftrun.job import Job
 from ftrun.memory.device import Device
@@ -162,6 +163,8 @@ def check_provenance(job: Job, parts: Sketch, folder: Path, say: Say, expects_sc
 
     Said aloud: a drift that the job allows, and a folder that nothing is on record of.
     """
+    # a run is recorded with the chat template of its data, which loading its rows sets
+    adopt_template(parts.base.tokenizer(), getattr(job.data.options, "template", None), lambda text: None)
     recorded = read_json(folder / provenance.FILE)
     if recorded is None:
         say(f"warning: {folder}: holds no {provenance.FILE}: whether it belongs to this base cannot be told")

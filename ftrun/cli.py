@@ -19,7 +19,7 @@ except KeyboardInterrupt:  # before `main` could answer it
 
 # verb -> its task: a module with `run(job, **options) -> exit code`; its docstring is the verb's help, and a class
 # `Options`, where it has one, says what the verb takes besides the job's keys
-VERBS = {"train": "ftrun.tasks.train", "plan": "ftrun.tasks.plan", "fit": "ftrun.tasks.fit", "data": "ftrun.tasks.data"}
+VERBS = {name: f"ftrun.tasks.{name}" for name in ("train", "plan", "fit", "data", "generate")}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -117,9 +117,11 @@ def _of_run(verb: str, own: Mapping[str, Any]) -> list[str]:
         return []
     from ftrun.runs import job_file
 
-    if own["run"] is None:
+    # of several adapters the first one's run says what the base is
+    found = own["run"] or next(iter(own.get("adapters", {}).values()), None)
+    if found is None:
         raise UserError(f"run is missing: ftrun {verb} run=DIR, the folder of a finished run")
-    return [f"job={job_file(Path(own['run']))}"]
+    return [f"job={job_file(Path(found))}"]
 
 
 def task_file(verb: str) -> Path:

@@ -43,10 +43,12 @@ class Wrapper(nn.Module):
     """A module of the base, with a method's parameters beside it.
 
     name: the module's dotted name in the bare model; filed: the name that its file knows it by, mostly the same.
-    `enabled` false gives the base's own output.
+    `enabled` false gives the base's own output. `settled` true promises that no value changes and no gradient is
+    asked for: then what is derived from the values is kept from one pass to the next.
     """
 
     base: Any  # an nn.Module: linear, embedding or a whole feed-forward, plain or quantised
+    settled = False
 
     def __init__(self, name: str, base: nn.Module) -> None:
         super().__init__()
@@ -62,6 +64,20 @@ class Wrapper(nn.Module):
 
     def prepare(self) -> None:
         """Refreshes what the wrapper derives from the base's weights; called once the base holds its values."""
+
+    def seen(self, x: torch.Tensor) -> torch.Tensor:
+        """What the base is given of the input x: all of it, but for the ids that only the method knows."""
+        return x
+
+    def joined(self, x: torch.Tensor, out: Any) -> Any:
+        """What base and method make of x, where `out` is what the base alone makes of it; without a gradient. So rows
+        of several adapters share one product of their base.
+        """
+        raise NotImplementedError
+
+    def settle(self, on: bool) -> None:
+        """Begins, or ends, a time in which no value changes."""
+        self.settled = on
 
     def merged_weight(self) -> torch.Tensor:
         """The one matrix that does what base and method do: (out, in), float32; an embedding's is (tokens, width)."""
@@ -235,6 +251,20 @@ class Tuner(Generic[O]):
         finally:
             for wrapper in wrappers(model):
                 wrapper.enabled = True
+
+    @contextlib.contextmanager
+    def settled(self, model: nn.Module) -> Iterator[None]:
+        """For a while no value changes and no gradient is asked for: generation need not derive the same anew for
+        every token.
+        """
+        found = list(wrappers(model))
+        for wrapper in found:
+            wrapper.settle(True)
+        try:
+            yield
+        finally:
+            for wrapper in found:
+                wrapper.settle(False)
 
     def scale(self, model: nn.Module, factor: float) -> None:
         """Takes so much of the update, from 1 (as trained) down to 0 (the base) or beyond. UserError where none can."""

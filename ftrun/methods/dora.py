@@ -52,6 +52,8 @@ class DoRALinear(lora.LoRALinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.enabled:
             return self.base(x)
+        if self.settled:
+            return self.joined(x, self.base(x))
         layer, dtype, dropout = self.base, x.dtype, self.update.dropout if self.training else 0.0
         trained = (self.lora_A, self.lora_B, self.magnitude, self.scale)
         if self.update.kernels == "reference":

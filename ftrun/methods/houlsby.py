@@ -71,8 +71,9 @@ class Bottleneck(base.Wrapper):
 
     def forward(self, x: torch.Tensor) -> Any:
         out: Any = self.base(x)
-        if not self.enabled:
-            return out
+        return self.joined(x, out) if self.enabled else out
+
+    def joined(self, x: torch.Tensor, out: Any) -> Any:
         # some mixtures of experts give their router's scores as well
         first, *rest = out if isinstance(out, tuple) else (out,)
         update = self.bottleneck(x if self.parallel else first)

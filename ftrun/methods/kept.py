@@ -41,8 +41,10 @@ class Kept(Wrapper):
                 self.kept_bias.copy_(self.base.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.enabled:
-            return self.base(x)
+        return self.joined(x, None) if self.enabled else self.base(x)
+
+    def joined(self, x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        # nothing of the base's own output is in it
         if not isinstance(self.base, nn.Embedding):
             bias = None if self.kept_bias is None else self.kept_bias.to(x.dtype)
             return F.linear(x, self.kept.to(x.dtype), bias)

@@ -37,6 +37,7 @@ class LoRALinear(base.Wrapper):
         wide, tall = features(layer)
         self.lora_A = base.parameter((update.rank, wide), layer, update.dtype)
         self.lora_B = base.parameter((tall, update.rank), layer, update.dtype)
+        self._kept: product.Settled | None = None
 
     def own(self) -> dict[str, base.Trained]:
         return {"lora_A.weight": base.Trained("A", self.lora_A), "lora_B.weight": base.Trained("B", self.lora_B)}
@@ -45,9 +46,22 @@ class LoRALinear(base.Wrapper):
         draw_a(self.lora_A, self.update, self.generator(seed))
         nn.init.zeros_(self.lora_B)
 
+    def settle(self, on: bool) -> None:
+        super().settle(on)
+        self._kept = None
+
+    def joined(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        made = self._kept
+        if made is None or made.a.dtype != x.dtype:
+            made = product.settled(self._factors(), x.dtype)
+            self._kept = made if self.settled else None
+        return product.joined(x, out, made)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.enabled:
             return self.base(x)
+        if self.settled:
+            return self.joined(x, self.base(x))
         dropout = self.update.dropout if self.training else 0.0
         if self.update.kernels == "reference":
             return product.reference(x, self.base, self.lora_A, self.lora_B, self.scale, dropout)
@@ -55,7 +69,7 @@ class LoRALinear(base.Wrapper):
 
     def factors(self) -> product.Factors | None:
         """For a product that is shared with other layers of the same input; None where this one must run alone."""
-        alone = self.update.kernels == "reference" or (self.training and self.update.dropout)
+        alone = self.update.kernels == "reference" or self.settled or (self.training and self.update.dropout)
         return None if alone or not self.enabled else self._factors()
 
     def _factors(self) -> product.Factors:
@@ -63,7 +77,7 @@ class LoRALinear(base.Wrapper):
         return product.Factors(weight, self.bias, self.lora_A, self.lora_B, self.scale)
 
     def rescale(self, factor: float) -> None:
-        self.scale = self.update.scale * factor
+        self.scale, self._kept = self.update.scale * factor, None
 
     def merged_weight(self) -> torch.Tensor:
         with torch.no_grad():
@@ -90,8 +104,9 @@ class LoRAEmbedding(base.Wrapper):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.base(ids)
-        if not self.enabled:
-            return out
+        return self.joined(ids, out) if self.enabled else out
+
+    def joined(self, ids: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         narrow = F.embedding(ids, self.lora_A.T, self.base.padding_idx)
         update = self.scale * (narrow.to(out.dtype) @ self.lora_B.T.to(out.dtype))
         factor = embed_scale(self.base)

@@ -49,8 +49,13 @@ class Prompt(base.Wrapper):
         return {"prompt_embeddings": base.Trained("other", self.vectors)}
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.joined(ids, self.base(self.seen(ids)))
+
+    def seen(self, ids: torch.Tensor) -> torch.Tensor:
+        return ids.masked_fill(ids >= self.first, 0)
+
+    def joined(self, ids: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         virtual = ids >= self.first
-        out: torch.Tensor = self.base(ids.masked_fill(virtual, 0))
         learnt = F.embedding((ids - self.first).clamp_min(0), self.vectors.to(out.dtype))
         return torch.where(virtual[..., None], learnt, out)
 

@@ -202,7 +202,7 @@ class Judge:
 
     def _timed(self, prompt: list[int], tokens: int) -> float:
         s = self.session
-        with attention(s.work.model, "sdpa"), s.work.autocast():
+        with attention(s.work.model, "sdpa"), s.work.autocast(), s.parts.tuner.settled(s.work.model):
             return latency.milliseconds(s.work.model, s.parts.base.tokenizer(), prompt, tokens)
 
     def _merged_ms(self, prompt: list[int], tokens: int) -> float | None:
