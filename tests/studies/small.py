@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -75,10 +76,12 @@ def descendants(pid: int) -> list[int]:
         parents |= set(new)
 
 
-def kill_all(process: subprocess.Popen[bytes]) -> list[int]:
-    """SIGKILL to the command alone; returns the processes that it had started."""
+def kill_all(process: subprocess.Popen[bytes], alone: bool = True) -> list[int]:
+    """SIGKILL to the command alone, or to all that stem from it too; returns the processes that it had started."""
     children = descendants(process.pid)
-    os.kill(process.pid, signal.SIGKILL)
+    for pid in (process.pid, *(() if alone else children)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.wait()
     return children
 
