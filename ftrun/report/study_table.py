@@ -14,10 +14,23 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ftrun.report.study_rows import FIGURES, STATUSES, Row, choices, keys, numbers, plain, ranked, read, varied
+from ftrun.report.study_rows import (
+    FIGURES,
+    STATUSES,
+    Row,
+    arranged,
+    choices,
+    folded,
+    keys,
+    numbers,
+    plain,
+    ranked,
+    read,
+    varied,
+)
 from ftrun.runs import aside
 
-_FIXED = ("number", "status", "reason", "same_as", "out")  # the CSV's first columns
+_FIXED = ("number", "status", "reason", "note", "same_as", "out")  # the CSV's first columns
 _NAMED = 8  # runs that share a reason, by number
 
 
@@ -56,13 +69,6 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             writer.writerow([str(cell).lower() if isinstance(cell, bool) else cell for cell in cells])
 
 
-def arranged(rows: Sequence[Row], objective: str) -> list[Row]:
-    """Best first; those that cannot be judged after them, in their order."""
-    best = ranked(rows, objective)
-    known = {id(row) for row in best}
-    return [*best, *(row for row in rows if id(row) not in known)]
-
-
 def value_columns(rows: Sequence[Row]) -> list[Column]:
     """The swept keys, in their order."""
     found = []
@@ -89,12 +95,14 @@ def render(rows: Sequence[Mapping[str, Any]], console: Console, objective: str =
 
     Raises UserError where a study cannot be judged by the objective.
     """
-    there = arranged(read(rows), objective)
+    there = arranged(folded(read(rows)), objective)
     if not there:
         console.print(Text("no runs"))
         return
     settings, differing = _differing(there, objective)
-    number = Column("", "#", tuple(str(row.number) for row in there), True)
+    notes = tuple(row.note for row in there)
+    settings += [Column("", "note", notes, False)] if any(notes) else []
+    number = Column("", "#", tuple(row.name for row in there), True)
     marks = _marks(there, objective)
     status = Column(
         "", "", tuple(mark or ("" if row.done else row.words) for row, mark in zip(there, marks, strict=True)), False
@@ -139,7 +147,7 @@ def _reasons(rows: Sequence[Row]) -> list[str]:
             why.setdefault((row.status, row.reason), []).append(row)
     found = []
     for (status, reason), there in why.items():
-        numbers = ", ".join(str(row.number) for row in there[:_NAMED])
+        numbers = ", ".join(row.name for row in there[:_NAMED])
         more = f" and {len(there) - _NAMED} more" if len(there) > _NAMED else ""
         words = STATUSES.get(status, (plain(status),) * 2)[len(there) > 1]
         found.append(f"run{'s' if len(there) > 1 else ''} {numbers}{more} {words}: {reason}")

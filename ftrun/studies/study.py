@@ -231,6 +231,8 @@ def as_value(value: Any) -> str:
         return "null"
     if isinstance(value, list | tuple):
         return "[" + ",".join(map(as_value, value)) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{as_value(key)}:{as_value(one)}" for key, one in value.items()) + "}"
     if isinstance(value, int | float):
         return repr(value)
     return value if re.fullmatch(r"[\w.:/+-]+", value) else quote(value)

@@ -113,12 +113,14 @@ def test_the_plots_are_those_that_have_data() -> None:
         "Held-out loss against rank",
         *trades,
         "Held-out loss against rise on base text",
+        "Planned and measured peak memory",
         *curves,
         "Effective rank against rank",
         "Time of a generated token",
     ]
     keys = [f"Held-out loss against {x}" for x in ("layers", "rank", "method")]  # what does most first
-    assert made(grid_study()).figures == [*keys, "Held-out loss over layers and rank", *trades, *curves]
+    peaks = "Planned and measured peak memory"
+    assert made(grid_study()).figures == [*keys, "Held-out loss over layers and rank", *trades, peaks, *curves]
 
 
 def test_a_field_of_cells_needs_a_full_grid() -> None:

@@ -19,7 +19,7 @@ def _begun(folder: Path, count: int) -> bool:
 
 def test_twelve_jobs_killed_three_times_end_as_if_they_never_were(tmp_path: Path) -> None:
     """SIGKILL to everything: as the first job trains, between two jobs, and as a later one trains."""
-    axes = ("rank=1,2,3,4,6,8", "layers=all,first:1", "steps=2", "micro_batch=4", "checkpointing=none", "eval.retention=0")
+    axes = ("rank=1,2,3,4,6,8", "layers=all,first:1", "steps=2", "micro_batch=4", "checkpointing=none")
     whole = ftrun(typed(tmp_path, *axes, f"out={tmp_path / 'whole'}"))
     assert whole.returncode == 0, whole.stderr
     command, study = typed(tmp_path, *axes, f"out={tmp_path / 'killed'}"), tmp_path / "killed"

@@ -104,5 +104,6 @@ class _Field:
         cells = len(self.across) * len(self.down) * len(self.fields)
         several = " Each cell is the best of its runs." if len(self.rows) > cells else ""
         caption = f"The stronger the colour the better; the best is framed.{several}"
+        several += " Runs that differ in their seed alone count by their mean." if any(r.of for r in self.rows) else ""
         named = [label(row, self.order) + " " + row.shown(self.objective) for row in self.best[:24]]
         return sheet.finish("grid", title, caption, told=f"Best first: {', '.join(named)}.")
