@@ -134,7 +134,9 @@ def _line(row: Row, index: int, settings: Sequence[Column], shown: Sequence[Colu
         figures = f'<td class="why" colspan="{max(1, len(shown))}">{escape(row.reason)}</td>'
     kind = "best" if best else "" if row.done or row.open else "out"
     note = f"<small>{escape(row.reason)}</small>" if row.reason and not instead else ""
-    numbers = ", ".join(f'<a href="#run-{n}">{n}</a>' for n in row.of or (row.number,))
+    numbers = escape(row.name)
+    if row.links or row.command:
+        numbers = ", ".join(f'<a href="#run-{n}">{n}</a>' for n in row.of or (row.number,))
     number = f'<th class="right" scope="row">{numbers}</th>'
     status = f'<td class="status">{escape("best" if best else row.words)}{note}</td>'
     return f'<tr class="{kind}">{number}{values}{status}{figures}</tr>'
@@ -171,11 +173,10 @@ def _plots(rows: Sequence[Row], objective: str) -> Iterator[str]:
 
 def _each(rows: Sequence[Row], objective: str) -> Iterator[str]:
     """What is to be had of every run: its figures, its files, the command that repeats it."""
-    there = [row for row in rows if row.links or row.command or row.note]
-    if not there:
+    if not any(row.links or row.command for row in rows):
         return
     yield '<section><h2>Each run</h2><div class="scroll runs" tabindex="0" role="region" aria-label="Each run">'
-    for row in arranged(there, objective):
+    for row in arranged(rows, objective):
         head = f"{escape(label(row, varied(rows)))} <span>{escape(row.words)} {escape(row.shown(objective))}</span>"
         yield f'<details id="run-{row.number}"><summary><b>{row.number}</b> {head}</summary>'
         yield from (f"<p>{escape(words)}</p>" for words in (row.note, row.reason) if words)

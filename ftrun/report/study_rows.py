@@ -205,10 +205,10 @@ def _points(pairs: Iterable[Sequence[Any]] | None) -> tuple[tuple[float, float],
 
 def folded(rows: Sequence[Row]) -> list[Row]:
     """Runs that differ in their seed alone as one: the means of those that are done, with their deviations."""
-    groups: dict[tuple[tuple[str, str], ...], list[Row]] = {}
+    groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         setting = tuple(sorted((k, v) for k, v in row.values.items() if k != NOISE))
-        groups.setdefault(setting, []).append(row)
+        groups.setdefault(setting if NOISE in row.values else (row.number,), []).append(row)
     if all(len(group) == 1 for group in groups.values()):
         return list(rows)
     return [_mean(group) for group in groups.values()]

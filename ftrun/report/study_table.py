@@ -31,6 +31,7 @@ from ftrun.report.study_rows import (
 from ftrun.runs import aside
 
 _FIXED = ("number", "status", "reason", "note", "same_as", "out")  # the CSV's first columns
+_SETTINGS = 0.6  # of the console, at most, for keys
 _NAMED = 8  # runs that share a reason, by number
 
 
@@ -101,6 +102,7 @@ def render(rows: Sequence[Mapping[str, Any]], console: Console, objective: str =
         return
     settings, differing = _differing(there, objective)
     notes = tuple(row.note for row in there)
+    settings, cramped = _room_for(settings, _SETTINGS * console.width)
     settings += [Column("", "note", notes, False)] if any(notes) else []
     number = Column("", "#", tuple(row.name for row in there), True)
     marks = _marks(there, objective)
@@ -111,9 +113,10 @@ def render(rows: Sequence[Mapping[str, Any]], console: Console, objective: str =
     console.print(_table([*shown, status], marks))
     for line in _reasons(there):
         console.print(Text(line))
-    same = [f"{c.key}={c.cells[0]}" for c in value_columns(there) if c not in settings]
+    same = [f"{c.key}={c.cells[0]}" for c in value_columns(there) if c not in (*settings, *cramped)]
     if same:
         console.print(Text(f"the same in all: {' '.join(same)}"))
+    left = [*cramped, *left]
     if left:
         console.print(Text(f"no room for: {', '.join(column.head for column in left)}; table.csv has all"))
 
@@ -123,6 +126,16 @@ def _differing(rows: Sequence[Row], objective: str) -> tuple[list[Column], list[
     shown = set(varied(rows))
     figures = [c for c in figure_columns(rows, objective) if c.key == objective or not c.constant]
     return [c for c in value_columns(rows) if c.key in shown], figures
+
+
+def _room_for(columns: list[Column], room: float) -> tuple[list[Column], list[Column]]:
+    """As many of the columns as there is room for, one at least; and those left out."""
+    taken = 0
+    for count, column in enumerate(columns):
+        taken += _width(column)
+        if taken > room and count:
+            return columns[:count], columns[count:]
+    return columns, []
 
 
 def _fitting(first: list[Column], more: list[Column], room: int) -> tuple[list[Column], list[Column]]:

@@ -29,7 +29,7 @@ def peaks(rows: Sequence[Row], objective: str) -> Drawing | None:
             sheet.hint(bar, f"{row.name}: {_name(row, rows)}, {FIGURES[key].label} {row.shown(key)}")
         end = max(row.figure(key) or 0.0 for key in _KINDS) / divisor
         sheet.axes.annotate(
-            f"{off(row):+.2%}", (end, line), (5, 0), textcoords="offset points", va="center", fontsize=10, color=MUTED
+            f"{off(row):+.3%}", (end, line), (5, 0), textcoords="offset points", va="center", fontsize=10, color=MUTED
         )
     sheet.axes.set_ylim(len(shown) - 0.5, -0.5)
     sheet.axes.set_yticks(range(len(shown)), [cut(_name(row, rows), 30) for row in shown])
@@ -60,7 +60,7 @@ def _both(row: Row) -> bool:
 def _caption(there: Sequence[Row], shown: Sequence[Row]) -> str:
     few = f"The first {len(shown)} of {len(there)} runs. " if len(there) > len(shown) else ""
     errors = [abs(off(row)) for row in there]
-    return f"{few}Beside the bars: the plan's error, {median(errors):.2%} in the median, {max(errors):.2%} at most."
+    return f"{few}Beside the bars: the plan's error, {median(errors):.3%} in the median, {max(errors):.3%} at most."
 
 
 def _told(shown: Sequence[Row], rows: Sequence[Row]) -> str:
