@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import pickle
+import re
 import secrets
 import subprocess
 import time
@@ -40,12 +41,12 @@ class Jobs:
         return token
 
     def recall(self) -> None:
-        """Find in Slurm's queue what was submitted by a study that was killed before it knew the jobs' numbers.
+        """Find what was submitted by a study that was killed before it had noted the jobs' numbers.
 
         Those that lack what submitit writes after the submission can do nothing: they are ended.
         """
         unknown = {name: entry for name, entry in self._record.items() if "job" not in entry}
-        there = _queue() if unknown else {}
+        there = {**_queue(), **_submitted(self.folder)} if unknown else {}
         for name, entry in unknown.items():
             number, place = there.get(entry["token"]), entry["place"]
             self._note(name, None)
@@ -140,6 +141,16 @@ def _queue() -> dict[str, str]:
     return {
         comment.strip(): number.strip() for number, _, comment in (line.partition("|") for line in told.splitlines())
     }
+
+
+def _submitted(folder: Path) -> dict[str, str]:
+    """The same of submitit's files, which are called after their jobs, also of those that have ended."""
+    found = {}
+    for path in folder.glob("*_submission.sh"):
+        comment = re.search(r"^#SBATCH --comment=(.*)$", path.read_text(encoding="utf-8", errors="replace"), re.M)
+        if comment is not None:
+            found[comment[1].strip()] = path.name.partition("_")[0]
+    return found
 
 
 def end_tree(pid: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ftrun.cli import main
 from tests.jobs import overrides, tiny_base, write_rows
 
 SHORT = ("steps=3", "eval.max_new_tokens=0", "save_every=null")
@@ -29,8 +31,16 @@ def typed(tmp_path: Path, *more: str) -> list[str]:
     return ["-m", *overrides(tiny_base(tmp_path / "llama"), rows, *short, *place, *more)]
 
 
-def ftrun(arguments: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command, to its end."""
+def ftrun(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """The command, to its end, in this process; its workers are processes of their own all the same."""
+    said, wrong = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(wrong):
+        code = main(arguments)
+    return subprocess.CompletedProcess([*arguments], code, said.getvalue(), wrong.getvalue())
+
+
+def apart(arguments: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command, to its end, in a process of its own."""
     command = [sys.executable, "-m", "ftrun", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
 

@@ -15,7 +15,7 @@ import pytest
 from ftrun.dialogue import read_lines
 from ftrun.runs import read_json
 from tests.studies.scheduler import submissions, with_slurm
-from tests.studies.small import alive, descendants, ftrun, kill_all, started, typed, wait_for
+from tests.studies.small import alive, apart, descendants, kill_all, started, typed, wait_for
 from tests.studies.test_run import ends, table
 
 pytest.importorskip("submitit")
@@ -53,7 +53,7 @@ def test_the_files_for_sbatch_are_those_that_submitit_writes(tmp_path: Path) -> 
         "launcher.extra={qos: high}",
     ]
     command = typed(tmp_path, "rank=2,4", "steps=2", *own)
-    written = ftrun([*command, "launcher.submit=false"])
+    written = apart([*command, "launcher.submit=false"])
     assert written.returncode == 0, written.stderr
     study = tmp_path / "study"
     file = study / "slurm" / "tasks-1.sh"
@@ -76,7 +76,7 @@ def test_the_files_for_sbatch_are_those_that_submitit_writes(tmp_path: Path) -> 
     subprocess.run(shlex.split(line, comments=True), check=True, env=environment, stdout=subprocess.DEVNULL)
     wait_for(lambda: finished(study) == 2)  # by hand
 
-    submitted = ftrun(command, **slurm)  # submitit's own way with the same options; the runs are there
+    submitted = apart(command, **slurm)  # submitit's own way with the same options; the runs are there
     assert submitted.returncode == 0, submitted.stderr
     ours, theirs = submissions(tmp_path / "slurm")
     assert lines(ours) == [line for line in lines(theirs) if "--comment=ftrun-" not in line]
@@ -108,7 +108,7 @@ def test_jobs_outlive_a_killed_study_and_are_found_again(tmp_path: Path, monkeyp
     announced = {n: {"token": comment, "place": int(e["job"][-1]), "tries": 0} for n, e in found.items()}
     record.write_text(json.dumps(announced))
 
-    done = ftrun(command)
+    done = apart(command)
     assert done.returncode == 0, done.stderr
     assert [p.name for p in submissions(tmp_path / "slurm")] == ["1.sh", "2.sh"]
     assert sorted(e["status"] for e in ends(study)) == ["finished"] * 2
@@ -163,7 +163,7 @@ def test_without_slurm_here_a_lost_job_is_tried_again_and_none_outlives_the_stud
 
 
 def test_slurm_is_asked_for_where_it_is_not(tmp_path: Path) -> None:
-    done = ftrun(typed(tmp_path, "rank=2,4", "launcher=slurm", "launcher.cluster=slurm"), PATH="/nowhere")
+    done = apart(typed(tmp_path, "rank=2,4", "launcher=slurm", "launcher.cluster=slurm"), PATH="/nowhere")
     assert done.returncode == 2
     assert "launcher.cluster=slurm: found no sbatch here" in done.stderr
 
