@@ -19,7 +19,9 @@ except KeyboardInterrupt:  # before `main` could answer it
 
 # verb -> its task: a module with `run(job, **options) -> exit code`; its docstring is the verb's help, and a class
 # `Options`, where it has one, says what the verb takes besides the job's keys
-VERBS = {name: f"ftrun.tasks.{name}" for name in ("train", "plan", "fit", "data", "generate")}
+VERBS = {name: f"ftrun.tasks.{name}" for name in ("train", "plan", "fit", "data", "generate", "report")}
+# verbs without a job -> what they take instead: `run(words, **options)`
+INSTEAD = {"report": "DIR..."}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,7 +64,9 @@ def _dispatch(given: list[str]) -> int:
     if "--help" in flags.alone:
         from ftrun.help import show
 
-        return show(verb, {name: task_file(name) for name in VERBS}, overrides, flags.config_dirs)
+        return show(verb, {name: task_file(name) for name in VERBS}, overrides, flags.config_dirs, INSTEAD)
+    if verb in INSTEAD:
+        return _without_job(verb, overrides, [*flags.alone, *flags.valued])
     if flags.valued.get("--cfg") == "job":
         _, overrides = verb_options(verb or "train", overrides)
         resolve = "--resolve" in flags.alone
@@ -122,6 +126,14 @@ def _of_run(verb: str, own: Mapping[str, Any]) -> list[str]:
     if found is None:
         raise UserError(f"run is missing: ftrun {verb} run=DIR, the folder of a finished run")
     return [f"job={job_file(Path(found))}"]
+
+
+def _without_job(verb: str, words: Sequence[str], flags: Sequence[str]) -> int:
+    """A verb that composes no job: its words are its own."""
+    if flags:
+        raise UserError(f"{flags[0]}: ftrun {verb} takes {INSTEAD[verb]} and composes no job; see ftrun {verb} --help")
+    own, rest = verb_options(verb, [word for word in words if not word.lower().startswith("debug=")])
+    return int(importlib.import_module(VERBS[verb]).run(rest, **own))
 
 
 def task_file(verb: str) -> Path:

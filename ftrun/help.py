@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ftrun import schema
@@ -57,9 +58,20 @@ class Described:
     choices: tuple[str, ...]
 
 
-def show(verb: str | None, verbs: Mapping[str, Path], arguments: Sequence[str], config_dirs: Sequence[Path]) -> int:
-    """Print the help of a verb on the job of `arguments`, or of the command."""
-    lines = _command(verbs, config_dirs) if verb is None else _verb(verb, verbs[verb], arguments, config_dirs)
+def show(
+    verb: str | None,
+    verbs: Mapping[str, Path],
+    arguments: Sequence[str],
+    config_dirs: Sequence[Path],
+    instead: Mapping[str, str] = MappingProxyType({}),
+) -> int:
+    """Print the help of a verb on the job of `arguments`, or of the command. instead: what a verb without one takes."""
+    if verb is None:
+        lines = _command(verbs, config_dirs)
+    elif verb in instead:
+        lines = _head(verb, verbs[verb], f"{instead[verb]} [KEY=VALUE ...]")
+    else:
+        lines = _verb(verb, verbs[verb], arguments, config_dirs)
     print("\n".join(lines))
     return 0
 
@@ -82,12 +94,7 @@ def _command(verbs: Mapping[str, Path], config_dirs: Sequence[Path]) -> list[str
 
 
 def _verb(verb: str, path: Path, arguments: Sequence[str], config_dirs: Sequence[Path]) -> list[str]:
-    text = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").strip()
-    own = verb_options(path)
-    lines = [f"ftrun {verb} [GROUP=NAME ...] [KEY=VALUE ...] [FLAGS]", "", *_paragraphs(text)]
-    if own:
-        rows = [(f"{k}={_typed(_default(f))}", f.metadata["doc"]) for k, f in schema.fields_by_key(own).items()]
-        lines += _section("Options of this verb", rows)
+    lines = _head(verb, path, "[GROUP=NAME ...] [KEY=VALUE ...] [FLAGS]")
     found = described(arguments, config_dirs)
     choices = _chosen(arguments, config_dirs)
     lines += _section("The job", [(f"{o.key}={o.default}", o.doc) for o in found if "." not in o.path])
@@ -98,6 +105,17 @@ def _verb(verb: str, path: Path, arguments: Sequence[str], config_dirs: Sequence
         lines += _section(title, rows or [("", "no options")])
         lines += _wrapped(f"also {group}=" + ", ".join(others), "  ", "    ") if others else []
     return [*lines, "", *_wrapped(f"Another choice's options: ftrun {verb} GROUP=NAME --help", "", "")]
+
+
+def _head(verb: str, path: Path, takes: str) -> list[str]:
+    """How the verb is typed, what it does, and its own options."""
+    text = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").strip()
+    own = verb_options(path)
+    lines = [f"ftrun {verb} {takes}", "", *_paragraphs(text)]
+    if own:
+        rows = [(f"{k}={_typed(_default(f))}", f.metadata["doc"]) for k, f in schema.fields_by_key(own).items()]
+        lines += _section("Options of this verb", rows)
+    return lines
 
 
 def described(arguments: Sequence[str], config_dirs: Sequence[Path] = ()) -> list[Described]:

@@ -37,7 +37,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "ftrun method=qlora rank=16" in text
 
 
-@pytest.mark.parametrize("verb", list(cli.VERBS))
+@pytest.mark.parametrize("verb", [verb for verb in cli.VERBS if verb not in cli.INSTEAD])
 def test_every_verb_has_its_own(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(capsys, verb)
     assert text.startswith(f"ftrun {verb} ")
@@ -47,6 +47,14 @@ def test_every_verb_has_its_own(verb: str, capsys: pytest.CaptureFixture[str]) -
     for group in ROOMS:
         assert f"\n{group}=" in text
     assert text != shown(capsys)
+
+
+@pytest.mark.parametrize("verb", list(cli.INSTEAD))
+def test_a_verb_without_a_job_tells_of_itself_alone(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, verb)
+    assert text.startswith(f"ftrun {verb} {cli.INSTEAD[verb]} ")
+    assert "Options of this verb" in text
+    assert "micro_batch" not in text
 
 
 def test_a_verbs_own_options(capsys: pytest.CaptureFixture[str]) -> None:

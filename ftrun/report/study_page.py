@@ -11,17 +11,37 @@ from pathlib import Path
 from typing import Any
 
 from ftrun.report.plots.ink import Drawing
-from ftrun.report.study_rows import NOISE, Row, choices, effects, keys, plain, ranked, read, varied
+from ftrun.report.study_rows import (
+    FIGURES,
+    NOISE,
+    Row,
+    arranged,
+    choices,
+    effects,
+    folded,
+    keys,
+    label,
+    plain,
+    ranked,
+    read,
+    varied,
+)
 from ftrun.report.study_summary import summary
-from ftrun.report.study_table import Column, arranged, figure_columns, value_columns
+from ftrun.report.study_table import Column, figure_columns, value_columns
 
 _VALUES = 8  # of a key, in the headline
 _COSTS = ("peak_bytes", "tokens_per_s", "trainable_params", "retention")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # whatever a text holds: nothing is fetched, nothing runs
 
 
-def page(name: str, rows: Sequence[Mapping[str, Any]], sentences: Sequence[str], objective: str = "loss") -> str:
-    """The page, to be written as UTF-8. sentences: paragraphs below the summary.
+def page(
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    sentences: Sequence[str],
+    objective: str = "loss",
+    kind: str = "Study",
+) -> str:
+    """The page, to be written as UTF-8. sentences: paragraphs below the summary. kind: what it is of.
 
     Raises UserError where a study cannot be judged by the objective.
     """
@@ -33,20 +53,21 @@ def page(name: str, rows: Sequence[Mapping[str, Any]], sentences: Sequence[str],
         '<html lang="en">',
         f'<head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{escape(plain(name))}: a study</title>",
+        f"<title>{escape(plain(name))}: {'a study' if kind == 'Study' else 'runs'}</title>",
         f"<style>\n{css}</style></head>",
         "<body><main>",
-        *_head(name, there),
+        *_head(name, there, kind),
         *_summary(words, any(ranked(there, objective))),
-        *_table(there, objective),
+        *_table(folded(there), objective),
         *_plots(there, objective),
+        *_each(there, objective),
         "</main></body></html>",
     ]
     return "\n".join(parts) + "\n"
 
 
-def _head(name: str, rows: Sequence[Row]) -> Iterator[str]:
-    yield f'<header><p class="kind">Study of {len(rows)} run{"" if len(rows) == 1 else "s"}</p>'
+def _head(name: str, rows: Sequence[Row], kind: str) -> Iterator[str]:
+    yield f'<header><p class="kind">{kind} of {len(rows)} run{"" if len(rows) == 1 else "s"}</p>'
     yield f"<h1>{escape(plain(name))}</h1>"
     shown = [f"<b>{escape(key)}</b> {escape(_listed(choices(rows, key)))}" for key in varied(rows)]
     if shown:
@@ -76,6 +97,8 @@ def _table(rows: Sequence[Row], objective: str) -> Iterator[str]:
         return
     there = arranged(rows, objective)
     settings = [c for c in value_columns(there) if c.key in varied(there)]
+    notes = tuple(row.note for row in there)
+    settings += [Column("", "note", notes, False)] if any(notes) else []
     figures = figure_columns(there, objective)
     shown = [c for c in figures if c.key == objective or not c.constant]
     yield '<section><h2>Runs</h2><div class="scroll" tabindex="0" role="region" aria-label="Table of runs">'
@@ -111,26 +134,31 @@ def _line(row: Row, index: int, settings: Sequence[Column], shown: Sequence[Colu
         figures = f'<td class="why" colspan="{max(1, len(shown))}">{escape(row.reason)}</td>'
     kind = "best" if best else "" if row.done or row.open else "out"
     note = f"<small>{escape(row.reason)}</small>" if row.reason and not instead else ""
-    number = f'<th class="right" scope="row">{escape(str(row.number))}</th>'
+    numbers = escape(row.name)
+    if row.links or row.command:
+        numbers = ", ".join(f'<a href="#run-{n}">{n}</a>' for n in row.of or (row.number,))
+    number = f'<th class="right" scope="row">{numbers}</th>'
     status = f'<td class="status">{escape("best" if best else row.words)}{note}</td>'
     return f'<tr class="{kind}">{number}{values}{status}{figures}</tr>'
 
 
 def _plots(rows: Sequence[Row], objective: str) -> Iterator[str]:
     """The sections of plots; of a section without any not even its head."""
-    from ftrun.report.plots import ink, keys, runs, trade
+    from ftrun.report.plots import ink, keys, memory, runs, trade
     from ftrun.report.plots.grid import heat
 
+    means = folded(rows)
     order = dict.fromkeys([*effects(rows, objective), *varied(rows)])
     shown = [key for key in order if key != NOISE or len(order) == 1]
     with ink.style():
         sections = {
             "What the settings do, and what they cost": [
                 *(keys.against(rows, key, objective) for key in shown),
-                heat(rows, objective),
-                *(trade.trade(rows, key, objective) for key in _COSTS if key != objective),
+                heat(means, objective),
+                *(trade.trade(means, key, objective) for key in _COSTS if key != objective),
             ],
             "Within the runs": [
+                memory.peaks(rows, objective),
                 runs.training(rows, objective),
                 runs.held_out(rows, objective),
                 runs.ranks(rows, objective),
@@ -141,6 +169,24 @@ def _plots(rows: Sequence[Row], objective: str) -> Iterator[str]:
         drawn = [drawing for drawing in drawings if drawing]
         if drawn:
             yield f'<section><h2>{head}</h2><div class="plots">{"".join(map(_figure, drawn))}</div></section>'
+
+
+def _each(rows: Sequence[Row], objective: str) -> Iterator[str]:
+    """What is to be had of every run: its figures, its files, the command that repeats it."""
+    if not any(row.links or row.command for row in rows):
+        return
+    yield '<section><h2>Each run</h2><div class="scroll runs" tabindex="0" role="region" aria-label="Each run">'
+    for row in arranged(rows, objective):
+        head = f"{escape(label(row, varied(rows)))} <span>{escape(row.words)} {escape(row.shown(objective))}</span>"
+        yield f'<details id="run-{row.number}"><summary><b>{row.number}</b> {head}</summary>'
+        yield from (f"<p>{escape(words)}</p>" for words in (row.note, row.reason) if words)
+        figures = [f"{FIGURES[key].label} {row.shown(key)}" for key in FIGURES if row.shown(key)]
+        yield f"<p>{escape('; '.join(figures))}</p>" if figures else ""
+        links = " ".join(f'<a href="{escape(at)}">{escape(plain(name))}</a>' for name, at in row.links.items())
+        yield f'<p class="files">{links}</p>' if links else ""
+        yield f"<p>Again: <code>{escape(row.command)}</code></p>" if row.command else ""
+        yield "</details>"
+    yield "</div></section>"
 
 
 def _figure(drawing: Drawing) -> str:

@@ -1,14 +1,15 @@
 """What the rows of a study hold: figures by key, keys that vary, the best run, what each key does.
 
-A row is a plain object: number, values (swept key -> value as typed), status, reason, same_as, out, figures,
-curve and evals ([step, loss] pairs). Any of them may be missing.
+A row is a plain object: number, values (swept key -> value as typed), status, reason, note, same_as, out, figures,
+curve and evals ([step, loss] pairs), links (file -> address) and command. Any of them may be missing.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from statistics import fmean, stdev
 from typing import Any, TypeGuard
 
 from ftrun.errors import UserError, unknown
@@ -16,6 +17,8 @@ from ftrun.report.plan_text import size
 
 NEAR = 0.01  # of the best value: about as good
 NOISE = "seed"  # a key whose values are repetitions of one setting
+# figures whose deviation over the seeds is shown
+_SPREAD = ("loss", "perplexity", "retention", "train_loss", "rung_loss", "effective_rank", "tokens_per_s")
 _HUGE = 1e30  # a figure beyond it comes from a broken run; no axis and no comparison takes it
 
 
@@ -64,6 +67,7 @@ FIGURES = {
     "train_loss": Figure("last training loss", _LOSS, True),
     "rung_loss": Figure("loss when stopped", _LOSS, True),
     "process_bytes": Figure("process", size, True, "bytes"),
+    "seeds": Figure("seeds", _WHOLE),
     "merges": Figure("merges", "{:.0f}".format),
 }
 
@@ -75,6 +79,7 @@ STATUSES = {
     "pruned": ("stopped early", "stopped early"),
     "does_not_fit": ("does not fit", "do not fit"),
     "invalid": ("invalid", "invalid"),
+    "interrupted": ("interrupted", "interrupted"),
     "running": ("running", "running"),
     "waiting": ("waiting", "waiting"),
     "same": ("the same as another", "the same as others"),
@@ -83,7 +88,11 @@ STATUSES = {
 
 @dataclass(frozen=True)
 class Row:
-    """A row as the tables and plots use it. One that is the same job as another carries that one's figures."""
+    """A row as the tables and plots use it. One that is the same job as another carries that one's figures.
+
+    of: the numbers of the runs that it stands for, where it is the mean of several seeds; spread: their figures'
+    standard deviations.
+    """
 
     number: int
     values: Mapping[str, str]
@@ -94,6 +103,16 @@ class Row:
     figures: Mapping[str, Any]
     curve: tuple[tuple[float, float], ...]
     evals: tuple[tuple[float, float], ...]
+    note: str = ""
+    links: Mapping[str, str] = field(default_factory=dict)
+    command: str = ""
+    of: tuple[int, ...] = ()
+    spread: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Its number, or those of the runs that it is the mean of."""
+        return ", ".join(map(str, self.of or (self.number,)))
 
     @property
     def done(self) -> bool:
@@ -119,7 +138,10 @@ class Row:
             return "yes" if value else "no"
         if not _sound(value) or abs(value) >= 1e15:
             return f"{value:.3g}" if isinstance(value, int | float) else plain(str(value))
-        return FIGURES[key].write(value) if key in FIGURES else f"{value:,.6g}"
+        if key not in FIGURES:
+            return f"{value:,.6g}"
+        write = FIGURES[key].write
+        return write(value) + (f" ± {write(self.spread[key]).lstrip('+')}" if key in self.spread else "")
 
     @property
     def words(self) -> str:
@@ -152,6 +174,9 @@ def _read(row: Mapping[str, Any], index: int, original: Mapping[str, Any]) -> Ro
         figures=original.get("figures") or {},
         curve=_points(row.get("curve")),
         evals=_points(row.get("evals")),
+        note=plain(str(row.get("note") or "")),
+        links=row.get("links") or {},
+        command=plain(str(row.get("command") or "")),
     )
 
 
@@ -176,6 +201,40 @@ def _sound(value: Any) -> TypeGuard[float]:
 
 def _points(pairs: Iterable[Sequence[Any]] | None) -> tuple[tuple[float, float], ...]:
     return tuple((float(step), float(loss)) for step, loss in pairs or () if _sound(step) and _sound(loss))
+
+
+def folded(rows: Sequence[Row]) -> list[Row]:
+    """Runs that differ in their seed alone as one: the means of those that are done, with their deviations."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        setting = tuple(sorted((k, v) for k, v in row.values.items() if k != NOISE))
+        groups.setdefault(setting if NOISE in row.values else (row.number,), []).append(row)
+    if all(len(group) == 1 for group in groups.values()):
+        return list(rows)
+    return [_mean(group) for group in groups.values()]
+
+
+def _mean(group: Sequence[Row]) -> Row:
+    there = [row for row in group if row.status != "same"] or group
+    done = [row for row in there if row.done]
+    first = (done or there)[0]
+    lost = [f"{row.number} {row.words}{f': {row.reason}' if row.reason else ''}" for row in there if not row.done]
+    got: dict[str, list[float]] = {}
+    for row in done:
+        for key in row.figures:
+            if (value := row.figure(key)) is not None:
+                got.setdefault(key, []).append(value)
+    means = {key: fmean(values) for key, values in got.items()}
+    spread = {key: stdev(got[key]) for key in _SPREAD if len(got.get(key, ())) > 1}
+    return replace(
+        first,
+        values={key: value for key, value in first.values.items() if key != NOISE},
+        reason="; ".join(lost) if len(there) > 1 and done else first.reason,
+        figures={**first.figures, **means, "seeds": len(done)} if done else first.figures,
+        of=tuple(row.number for row in there),
+        spread=spread,
+        note="; ".join(dict.fromkeys(row.note for row in there if row.note)),
+    )
 
 
 def keys(rows: Sequence[Row]) -> list[str]:
@@ -226,6 +285,13 @@ def ranked(rows: Sequence[Row], objective: str) -> list[Row]:
     return [row for _, row in sorted(found, key=lambda pair: (pair[0], pair[1].status == "same", pair[1].number))]
 
 
+def arranged(rows: Sequence[Row], objective: str) -> list[Row]:
+    """Best first; those that cannot be judged after them, in their order."""
+    best = ranked(rows, objective)
+    known = {id(row) for row in best}
+    return [*best, *(row for row in rows if id(row) not in known)]
+
+
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
     """Pareto: the points that no other beats in one and equals or beats in the other; lower is better in both."""
     found: list[int] = []
@@ -267,4 +333,4 @@ def effects(rows: Sequence[Row], objective: str) -> dict[str, float]:
 
 def label(row: Row, shown: Sequence[str]) -> str:
     """The row's setting as it was typed: rank=16 layers=all."""
-    return " ".join(f"{key}={row.values[key]}" for key in shown if key in row.values) or f"run {row.number}"
+    return " ".join(f"{key}={row.values[key]}" for key in shown if key in row.values) or f"run {row.name}"

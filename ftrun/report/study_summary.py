@@ -13,6 +13,7 @@ from ftrun.report.study_rows import (
     STATUSES,
     Row,
     effects,
+    folded,
     judged,
     label,
     plain,
@@ -28,11 +29,12 @@ def summary(rows: Sequence[Mapping[str, Any]], objective: str = "loss") -> list[
 
     Raises UserError where a study cannot be judged by the objective.
     """
-    there, figure = read(rows), judged(objective)
+    every, figure = read(rows), judged(objective)
+    there = folded(every)
     best = next(iter(ranked(there, objective)), None)
     if best is None:
-        return [_counts(there), f"No run has a {figure.label} to compare."]
-    return [_counts(there), _best(there, best, objective), *_smallest(there, best, objective), *_keys(there, objective)]
+        return [_counts(every), f"No run has a {figure.label} to compare."]
+    return [_counts(every), _best(there, best, objective), *_smallest(there, best, objective), *_keys(there, objective)]
 
 
 def _counts(rows: Sequence[Row]) -> str:

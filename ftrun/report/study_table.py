@@ -14,10 +14,24 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ftrun.report.study_rows import FIGURES, STATUSES, Row, choices, keys, numbers, plain, ranked, read, varied
+from ftrun.report.study_rows import (
+    FIGURES,
+    STATUSES,
+    Row,
+    arranged,
+    choices,
+    folded,
+    keys,
+    numbers,
+    plain,
+    ranked,
+    read,
+    varied,
+)
 from ftrun.runs import aside
 
-_FIXED = ("number", "status", "reason", "same_as", "out")  # the CSV's first columns
+_FIXED = ("number", "status", "reason", "note", "same_as", "out")  # the CSV's first columns
+_SETTINGS = 0.6  # of the console, at most, for keys
 _NAMED = 8  # runs that share a reason, by number
 
 
@@ -56,13 +70,6 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             writer.writerow([str(cell).lower() if isinstance(cell, bool) else cell for cell in cells])
 
 
-def arranged(rows: Sequence[Row], objective: str) -> list[Row]:
-    """Best first; those that cannot be judged after them, in their order."""
-    best = ranked(rows, objective)
-    known = {id(row) for row in best}
-    return [*best, *(row for row in rows if id(row) not in known)]
-
-
 def value_columns(rows: Sequence[Row]) -> list[Column]:
     """The swept keys, in their order."""
     found = []
@@ -89,12 +96,15 @@ def render(rows: Sequence[Mapping[str, Any]], console: Console, objective: str =
 
     Raises UserError where a study cannot be judged by the objective.
     """
-    there = arranged(read(rows), objective)
+    there = arranged(folded(read(rows)), objective)
     if not there:
         console.print(Text("no runs"))
         return
     settings, differing = _differing(there, objective)
-    number = Column("", "#", tuple(str(row.number) for row in there), True)
+    notes = tuple(row.note for row in there)
+    settings, cramped = _room_for(settings, _SETTINGS * console.width)
+    settings += [Column("", "note", notes, False)] if any(notes) else []
+    number = Column("", "#", tuple(row.name for row in there), True)
     marks = _marks(there, objective)
     status = Column(
         "", "", tuple(mark or ("" if row.done else row.words) for row, mark in zip(there, marks, strict=True)), False
@@ -103,9 +113,10 @@ def render(rows: Sequence[Mapping[str, Any]], console: Console, objective: str =
     console.print(_table([*shown, status], marks))
     for line in _reasons(there):
         console.print(Text(line))
-    same = [f"{c.key}={c.cells[0]}" for c in value_columns(there) if c not in settings]
+    same = [f"{c.key}={c.cells[0]}" for c in value_columns(there) if c not in (*settings, *cramped)]
     if same:
         console.print(Text(f"the same in all: {' '.join(same)}"))
+    left = [*cramped, *left]
     if left:
         console.print(Text(f"no room for: {', '.join(column.head for column in left)}; table.csv has all"))
 
@@ -115,6 +126,16 @@ def _differing(rows: Sequence[Row], objective: str) -> tuple[list[Column], list[
     shown = set(varied(rows))
     figures = [c for c in figure_columns(rows, objective) if c.key == objective or not c.constant]
     return [c for c in value_columns(rows) if c.key in shown], figures
+
+
+def _room_for(columns: list[Column], room: float) -> tuple[list[Column], list[Column]]:
+    """As many of the columns as there is room for, one at least; and those left out."""
+    taken = 0
+    for count, column in enumerate(columns):
+        taken += _width(column)
+        if taken > room and count:
+            return columns[:count], columns[count:]
+    return columns, []
 
 
 def _fitting(first: list[Column], more: list[Column], room: int) -> tuple[list[Column], list[Column]]:
@@ -139,7 +160,7 @@ def _reasons(rows: Sequence[Row]) -> list[str]:
             why.setdefault((row.status, row.reason), []).append(row)
     found = []
     for (status, reason), there in why.items():
-        numbers = ", ".join(str(row.number) for row in there[:_NAMED])
+        numbers = ", ".join(row.name for row in there[:_NAMED])
         more = f" and {len(there) - _NAMED} more" if len(there) > _NAMED else ""
         words = STATUSES.get(status, (plain(status),) * 2)[len(there) > 1]
         found.append(f"run{'s' if len(there) > 1 else ''} {numbers}{more} {words}: {reason}")

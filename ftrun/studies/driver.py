@@ -19,6 +19,7 @@ from ftrun.studies.points import Point, Points
 from ftrun.studies.rows import figures_of
 from ftrun.studies.searching import Outcome, Search, Trial
 from ftrun.studies.study import Study
+from ftrun.train.interrupt import stop_requests
 
 Say = Callable[[str], None]
 _WAIT = 1.0  # seconds between two looks at what else there is to do
@@ -34,6 +35,7 @@ class Running:
     trial: Trial
     point: Point
     since: float | None = None
+    began: float | None = None  # by its worker's own clock, where the worker tells
     fresh: bool = True  # whether nothing of it was done before
     followers: list[Trial] = field(default_factory=list)
 
@@ -84,13 +86,13 @@ class Driver:
 
     def run(self) -> None:
         """Until the search has nothing left to ask for. KeyboardInterrupt leaves jobs with checkpoints."""
-        try:
-            while self._fill() or self._running:
+        with stop_requests(lambda text: None) as asked:  # in the midst of an event it would be lost
+            while not asked() and (self._fill() or self._running):
                 for event in self.launcher.wait(_WAIT):
                     self._hear(event)
-        except KeyboardInterrupt:
-            self._leave()
-            raise
+            if asked():
+                self._leave()
+                raise KeyboardInterrupt
 
     def _fill(self) -> bool:
         """Ask for as much as can run at once, and a little ahead; whether anything was asked for."""
@@ -138,6 +140,7 @@ class Driver:
         one = self._running[event.id]
         if event.kind == "began":
             one.since, one.fresh = time.monotonic(), not event.values.get("steps")
+            one.began = event.values.get("at")
             self.ledger.add("begin", number=one.trial.number, key=one.point.key)
         elif event.kind == "rung":
             step, loss = int(event.values["step"]), float(event.values["loss"])
@@ -190,8 +193,10 @@ class Driver:
         if warning := event.values.get("warning"):
             self.say(f"warning: {_words(one.point)}: {warning}")
         seconds = None if one.since is None else time.monotonic() - one.since
-        if status == "finished" and seconds is not None and one.trial.kind == "train" and one.fresh:
-            self.pace.note(self.plans.get(one.point.key, {}), seconds)
+        if one.began is not None and event.values.get("at"):
+            seconds = event.values["at"] - one.began  # of one that was found at work we heard the beginning late
+        if status in ("finished", "paused") and seconds is not None and one.trial.kind == "train" and one.fresh:
+            self.pace.note(_part(self.plans.get(one.point.key, {}), one.trial.until), seconds)
         self._finish(event.id, status, reason, seconds, event.values.get("probe"))
 
     def _finish(
@@ -262,8 +267,10 @@ class Driver:
 
     def _left(self) -> str:
         """How long the rest takes, as far as its points are known."""
-        keys = {self.points.make(v).key for v in self.search.points()} - {key for key, _ in self._done}
-        seconds = self.total([self.plans[k] for k in keys if k in self.plans])
+        keys, left = {self.points.make(v).key for v in self.search.points()}, self.search.left
+        keys -= {key for key, _ in self._done} if left is None else set()
+        seconds = self.pace.total([self.plans[k] for k in keys if k in self.plans], self.launcher.width)
+        seconds = None if seconds is None else seconds * (self.search.share if left is None else left)
         return f"   ({self.pace.words(seconds)} left)" if keys and seconds else ""
 
     def total(self, plans: Sequence[Mapping[str, Any]]) -> float | None:
@@ -342,6 +349,13 @@ class Driver:
 
 def _place(event: Mapping[str, Any]) -> tuple[str, int | None]:
     return str(event["key"]), event.get("until") if event["status"] == "paused" else None
+
+
+def _part(plan: Mapping[str, Any], until: int | None) -> Mapping[str, Any]:
+    """The plan of a job's first `until` steps, as far as its work goes."""
+    if until is None or not plan.get("work") or not plan.get("steps"):
+        return plan
+    return {**plan, "work": plan["work"] * min(1.0, until / plan["steps"])}
 
 
 def _name(values: Mapping[str, str], until: int | None, kind: str | None) -> tuple[Any, ...]:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import pickle
+import re
+import secrets
+import subprocess
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,33 @@ class Jobs:
         self._record: dict[str, dict[str, Any]] = (read_json(self._path) or {}) if keeps else {}
         self._asked = 0.0
 
+    def announce(self, ids: Sequence[str], names: Sequence[str]) -> str:
+        """Note what is about to be submitted together; returns the comment that these jobs are to carry."""
+        token = f"ftrun-{secrets.token_hex(8)}"
+        for place, (id, name) in enumerate(zip(ids, names, strict=True)):
+            at = place if len(names) > 1 else None
+            self._note(name, {"token": token, "place": at, "tries": self.tries[id]})
+        return token
+
+    def recall(self) -> None:
+        """Find what was submitted by a study that was killed before it had noted the jobs' numbers.
+
+        Those that lack what submitit writes after the submission can do nothing: they are ended.
+        """
+        unknown = {name: entry for name, entry in self._record.items() if "job" not in entry}
+        there = {**_queue(), **_submitted(self.folder)} if unknown else {}
+        for name, entry in unknown.items():
+            number, place = there.get(entry["token"]), entry["place"]
+            self._note(name, None)
+            if number is None:
+                continue
+            job = self._job(number if place is None else f"{number}_{place}")
+            if job.paths.submitted_pickle.exists():
+                self._note(name, {"job": job.job_id, "tries": entry["tries"]})
+            else:
+                with contextlib.suppress(OSError):
+                    job.cancel(check=False)
+
     def add(self, id: str, name: str, job: Any) -> None:
         """A job that was submitted. name: its task's file, by which it is found again."""
         self.of[id], self._names[id] = job, name
@@ -40,7 +71,7 @@ class Jobs:
 
     def knows(self, name: str) -> bool:
         """Whether a job of an earlier life is on record for a task's file."""
-        return name in self._record
+        return "job" in self._record.get(name, {})
 
     def adopt(self, id: str, name: str) -> None:
         """Follow the job on record."""
@@ -86,15 +117,40 @@ class Jobs:
         return bool(job.watcher.is_done(job.job_id, mode="cache"))
 
     def _recorded(self, name: str) -> Any:
+        return self._job(str(self._record[name]["job"]))
+
+    def _job(self, number: str) -> Any:
         from submitit import SlurmJob
 
-        return SlurmJob(self.folder, str(self._record[name]["job"]))
+        return SlurmJob(self.folder, number)
 
     def _note(self, name: str, entry: dict[str, Any] | None) -> None:
         if not self._keeps or (entry is None and name not in self._record):
             return
         self._record = {k: v for k, v in {**self._record, name: entry}.items() if v is not None}
         replace_text(self._path, json.dumps(self._record, indent=1))
+
+
+def _queue() -> dict[str, str]:
+    """The comments of this user's jobs in Slurm's queue -> their numbers (of an array: the array's)."""
+    command = ["squeue", "--noheader", "--me", "--format=%F|%k"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {
+        comment.strip(): number.strip() for number, _, comment in (line.partition("|") for line in told.splitlines())
+    }
+
+
+def _submitted(folder: Path) -> dict[str, str]:
+    """The same of submitit's files, which are called after their jobs, also of those that have ended."""
+    found = {}
+    for path in folder.glob("*_submission.sh"):
+        comment = re.search(r"^#SBATCH --comment=(.*)$", path.read_text(encoding="utf-8", errors="replace"), re.M)
+        if comment is not None:
+            found[comment[1].strip()] = path.name.partition("_")[0]
+    return found
 
 
 def end_tree(pid: int) -> None:

@@ -32,8 +32,9 @@ class Point:
         """The job as JSON-able values, with its run's folder: what a worker needs of it."""
         assert self.job is not None
         tree = {**self.job.tree, "name": None, "out": str(out), "resume": "auto"}
-        if self.job.log.kind == "wandb" and tree["log"].get("group") is None:
-            tree["log"] = {**tree["log"], "group": out.parent.parent.name}  # the study's runs stand together there
+        if self.job.log.kind == "wandb":  # the study's runs stand together there
+            own = {key: value for key, value in tree["log"].items() if value is not None}
+            tree["log"] = {**tree["log"], "group": out.parent.parent.name, "job_type": "trial", **own}
         return {"choices": self.job.choices, "tree": tree}
 
 

@@ -14,6 +14,7 @@ from ftrun.errors import DoesNotFit, Interrupted, RunFailed, UserError
 from ftrun.lock import Lock
 from ftrun.runs import aside, tidy
 from ftrun.studies.driver import Driver
+from ftrun.studies.gathered import linked
 from ftrun.studies.launching import Launcher
 from ftrun.studies.ledger import Ledger
 from ftrun.studies.points import Point, Points
@@ -184,7 +185,7 @@ def _report(driver: Driver) -> list[dict[str, Any]]:
     from ftrun.report.study_table import write_csv
 
     folder = driver.study.folder
-    rows = rows_of(driver.ledger.events, folder)
+    rows = linked(rows_of(driver.ledger.events, folder), folder / "report.html", [folder])
     sentences = driver.search.sentences(rows)
     write_csv(folder / "table.csv", rows)
     with aside(folder / "report.html") as beside:

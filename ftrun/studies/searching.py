@@ -101,6 +101,11 @@ class Search(ABC):
         """The part of all these points' steps that is trained at most."""
         return 1.0
 
+    @property
+    def left(self) -> float | None:
+        """The part of all these points' steps that is still to be trained at most; None: the driver's own count."""
+        return None
+
     def sentences(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         """What the search has found, in words, for the end of the study. rows: as the table has them."""
         del rows

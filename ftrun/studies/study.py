@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shlex
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,6 +153,10 @@ def _part(group: str, given: dict[str, Override], config_dirs: Sequence[Path]) -
     own = schema.field_types(schema.read_options(find_variant(group, str(tree.get("kind", "")))[1]))
     for key in [k for k in given if STUDY_KEYS.get(k, k).startswith(f"{group}.")]:
         one, option = given.pop(key), STUDY_KEYS.get(key, key).partition(".")[2]
+        head, _, inner = option.partition(".")
+        if inner and typing.get_origin(own.get(head)) is dict and one.value is not None:
+            tree[head] = {**(tree.get(head) or {}), inner: one.value}
+            continue
         if option not in own:
             message = f"{group}={name} has no such option"
             raise UserError(f"{one.text}: {message}. {unknown(f'{group}.', option, own) if own else ''}".rstrip(". "))
@@ -231,6 +236,8 @@ def as_value(value: Any) -> str:
         return "null"
     if isinstance(value, list | tuple):
         return "[" + ",".join(map(as_value, value)) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{as_value(key)}:{as_value(one)}" for key, one in value.items()) + "}"
     if isinstance(value, int | float):
         return repr(value)
     return value if re.fullmatch(r"[\w.:/+-]+", value) else quote(value)

@@ -127,7 +127,7 @@ class InFiles:
         yield request
 
     def send(self, reply: Mapping[str, Any]) -> None:
-        add_line(self._events, reply)
+        add_line(self._events, {**reply, "at": round(time.time(), 3)})
 
     def verdict(self, name: str) -> bool:
         """The answer to this attempt's next rung; True where none comes."""

@@ -164,7 +164,8 @@ def leave_result(session: Session, folder: Run, error: BaseException) -> None:
     """A result.json of what was done; nothing of a run that never began."""
     outcome = None
     if session.began or isinstance(error, RunFailed):
-        outcome = {**session.summary(), "status": "interrupted" if isinstance(error, Interrupted) else "failed"}
+        status = "interrupted" if isinstance(error, Interrupted) else "failed"
+        outcome = {**session.summary(), "status": status, "reason": str(error)}
     with contextlib.suppress(OSError):  # a full disk has been told of
         session.close(folder, outcome)
     if outcome is None:

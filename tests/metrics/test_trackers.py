@@ -93,8 +93,9 @@ def test_tensorboard_is_read_back(tmp_path: Path) -> None:
     assert said == []
 
 
-def test_wandb_offline_ends_and_is_read_back(tmp_path: Path) -> None:
-    """In a process of its own, as users have it, with no key and a home of its own."""
+@pytest.mark.parametrize("agent", [False, True], ids=["alone", "of an agent"])
+def test_wandb_offline_ends_and_is_read_back(tmp_path: Path, agent: bool) -> None:
+    """In a process of its own, as users have it, with no key and a home of its own; or as `wandb agent` starts it."""
     code = (
         "import sys, time; from pathlib import Path; from tests.metrics.test_trackers import *\n"
         "module, made = options('wandb', group='g', tags=['a'])\n"
@@ -102,6 +103,7 @@ def test_wandb_offline_ends_and_is_read_back(tmp_path: Path) -> None:
         "assert longest < 0.5, longest"
     )
     kept = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_") and k != "NETRC"}
+    kept |= {"WANDB_SWEEP_ID": "sweep1", "WANDB_RUN_ID": "trial1", "WANDB_PROJECT": "theirs"} if agent else {}
     begun = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)],
@@ -117,14 +119,36 @@ def test_wandb_offline_ends_and_is_read_back(tmp_path: Path) -> None:
     assert done.stderr == ""
     files = list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
     assert len(files) == 1
-    logged = history(files[0])
+    kinds = records(files[0])
+    (run,) = [one.run for one in kinds if one.WhichOneof("record_type") == "run"][:1]
+    assert (run.run_group, run.job_type) == ("g", "train")
+    assert (run.run_id, run.sweep_id) == (("trial1", "sweep1") if agent else ((tmp_path / "wandb/id").read_text(), ""))
+    logged = [history(one) for one in kinds if one.WhichOneof("record_type") == "history"]
     assert [row["train/loss"] for row in logged if "train/loss" in row] == [float(n) for n in range(1, 21)]
     assert holds_no_secret(tmp_path)
 
 
-def history(file: Path) -> list[dict[str, Any]]:
-    """The logged rows of a W&B file: protobuf records in LevelDB's log format, 7 bytes of W&B's own before it."""
-    data, at, record, rows = file.read_bytes(), 7, b"", []
+def test_a_study_within_an_agent_has_runs_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
+    monkeypatch.setenv("WANDB_RUN_ID", "trial1")
+    module, _ = options("wandb")
+    places = [tmp_path / "runs" / name for name in ("a", "b")]
+    for place in places:
+        place.mkdir(parents=True)
+    (tmp_path / "study.yaml").touch()
+    ids = [module._identity(place) for place in places]
+    assert len({*ids, "trial1"}) == 3
+    assert ids == [module._identity(place) for place in places]
+
+
+def history(record: Any) -> dict[str, Any]:
+    """A row as it was logged."""
+    return {".".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
+
+
+def records(file: Path) -> list[Any]:
+    """What a W&B file holds: protobuf records in LevelDB's log format, 7 bytes of W&B's own before it."""
+    data, at, record, found = file.read_bytes(), 7, b"", []
     while at + 7 <= len(data):
         if 32_768 - at % 32_768 < 7:  # a block's last bytes, too few for a header
             at += 32_768 - at % 32_768
@@ -133,12 +157,10 @@ def history(file: Path) -> list[dict[str, Any]]:
         record += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # whole, or the last part
-            made = wandb_internal_pb2.Record()
-            made.ParseFromString(record)
-            items = made.history.item
-            rows.append({".".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items})
+            found.append(wandb_internal_pb2.Record())
+            found[-1].ParseFromString(record)
             record = b""
-    return rows
+    return found
 
 
 def test_wandb_finds_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

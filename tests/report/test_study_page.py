@@ -113,12 +113,14 @@ def test_the_plots_are_those_that_have_data() -> None:
         "Held-out loss against rank",
         *trades,
         "Held-out loss against rise on base text",
+        "Planned and measured peak memory",
         *curves,
         "Effective rank against rank",
         "Time of a generated token",
     ]
     keys = [f"Held-out loss against {x}" for x in ("layers", "rank", "method")]  # what does most first
-    assert made(grid_study()).figures == [*keys, "Held-out loss over layers and rank", *trades, *curves]
+    peaks = "Planned and measured peak memory"
+    assert made(grid_study()).figures == [*keys, "Held-out loss over layers and rank", *trades, peaks, *curves]
 
 
 def test_a_field_of_cells_needs_a_full_grid() -> None:
@@ -135,7 +137,8 @@ def test_the_front_is_named_and_nothing_else() -> None:
     rows = study(layers=["all", "last:8"], rank=["4", "8"])
     for one, loss, peak in zip(rows, (2.5, 2.4, 2.45, 2.6), (100, 200, 300, 90), strict=True):
         one["figures"] |= {"loss": loss, "peak_bytes": peak * 10**7}
-        del one["figures"]["tokens_per_s"], one["figures"]["trainable_params"], one["figures"]["seconds"]
+        for key in ("tokens_per_s", "trainable_params", "seconds", "planned_peak_bytes"):
+            del one["figures"][key]
     found = made(rows)
     names = {text for text in found.text["text"] if text in ("all 4", "all 8", "last:8 4", "last:8 8")}
     assert names == {"all 4", "all 8", "last:8 8"}

@@ -1,7 +1,7 @@
 """Slurm's commands as far as submitit asks for them, on this machine: what sbatch is given really runs, array, srun
 and all, in processes that outlive whoever submitted it. Where a real Slurm is, nothing of this is needed.
 
-    with_slurm(folder) -> the variables under which `sbatch`, `srun`, `sacct`, `scancel`, `scontrol` are found
+    with_slurm(folder) -> the variables under which `sbatch`, `srun`, `sacct`, `squeue`, `scancel`, `scontrol` are found
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-COMMANDS = ("sbatch", "srun", "sacct", "scancel", "scontrol")
+COMMANDS = ("sbatch", "srun", "sacct", "squeue", "scancel", "scontrol")
 
 
 def with_slurm(folder: Path) -> dict[str, str]:
@@ -45,6 +45,9 @@ def sbatch(state: Path, file: str) -> None:
     command = [sys.executable, "-S", __file__, "run", str(number), array[2] if array else "1", *names]
     with open(os.devnull, "wb") as nowhere:
         subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL, stdout=nowhere, stderr=nowhere)
+    if (state / "kill").exists():  # the one that submits is killed before it hears the number
+        (state / "kill").unlink()
+        os.kill(os.getppid(), signal.SIGKILL)
     print(f"Submitted batch job {number}")
 
 
@@ -94,6 +97,16 @@ def sacct(state: Path, *arguments: str) -> None:
     for path in sorted(state.iterdir()):
         if not path.suffix:
             print(f"{path.name}|{path.read_text()}|here")
+
+
+def squeue(state: Path, *arguments: str) -> None:
+    """The number and the comment of every job that waits or is at work."""
+    assert "--format=%F|%k" in arguments
+    for path in sorted(state.iterdir()):
+        if not path.suffix and path.read_text() in ("PENDING", "RUNNING"):
+            number = path.name.partition("_")[0]
+            comment = re.search(r"^#SBATCH --comment=(.*)$", (state / f"{number}.sh").read_text(encoding="utf-8"), re.M)
+            print(f"{number}|{comment[1] if comment else '(null)'}")
 
 
 def scancel(state: Path, name: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -12,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ftrun.cli import main
 from tests.jobs import overrides, tiny_base, write_rows
 
 SHORT = ("steps=3", "eval.max_new_tokens=0", "save_every=null")
@@ -28,8 +31,16 @@ def typed(tmp_path: Path, *more: str) -> list[str]:
     return ["-m", *overrides(tiny_base(tmp_path / "llama"), rows, *short, *place, *more)]
 
 
-def ftrun(arguments: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command, to its end."""
+def ftrun(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """The command, to its end, in this process; its workers are processes of their own all the same."""
+    said, wrong = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(wrong):
+        code = main(arguments)
+    return subprocess.CompletedProcess([*arguments], code, said.getvalue(), wrong.getvalue())
+
+
+def apart(arguments: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command, to its end, in a process of its own."""
     command = [sys.executable, "-m", "ftrun", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
 
@@ -75,10 +86,12 @@ def descendants(pid: int) -> list[int]:
         parents |= set(new)
 
 
-def kill_all(process: subprocess.Popen[bytes]) -> list[int]:
-    """SIGKILL to the command alone; returns the processes that it had started."""
+def kill_all(process: subprocess.Popen[bytes], alone: bool = True) -> list[int]:
+    """SIGKILL to the command alone, or to all that stem from it too; returns the processes that it had started."""
     children = descendants(process.pid)
-    os.kill(process.pid, signal.SIGKILL)
+    for pid in (process.pid, *(() if alone else children)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.wait()
     return children
 

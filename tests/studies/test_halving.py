@@ -68,6 +68,7 @@ def test_it_finds_the_planted_best_with_fewer_steps(tmp_path: Path) -> None:
 def test_nothing_is_asked_for_before_a_rung_is_whole() -> None:
     """Several workers: the last of a rung holds the next one up."""
     search = made([*JOB, *NINE])
+    assert search.left == pytest.approx(search.share)
     asked = [search.ask() for _ in range(9)]
     assert search.ask() is None
     for trial in reversed(asked[1:]):
@@ -76,9 +77,11 @@ def test_nothing_is_asked_for_before_a_rung_is_whole() -> None:
         assert search.ask() is None
     assert asked[0] is not None
     search.tell(asked[0], judge(asked[0]))
+    assert search.left == pytest.approx((3 * (60 - 20) + 180 - 60) / (9 * 180))
     following = search.ask()
     assert following is not None
     assert following.until == 60
+    assert search.left == pytest.approx((3 * (60 - 20) + 180 - 60) / (9 * 180))
 
 
 def test_of_equal_ones_the_first_goes_on(tmp_path: Path) -> None:

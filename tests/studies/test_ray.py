@@ -17,7 +17,7 @@ import pytest
 
 from ftrun.studies.launchers import ray
 from ftrun.studies.launching import Task
-from tests.studies.small import alive, descendants, ftrun, kill_all, started, typed, wait_for
+from tests.studies.small import alive, apart, descendants, kill_all, started, typed, wait_for
 from tests.studies.test_run import ends, table
 from tests.studies.test_slurm import attempts, finished
 
@@ -72,7 +72,7 @@ def test_eight_jobs_over_two_workers_that_are_killed(tmp_path: Path) -> None:
     done = finished(study)
     assert done < 8
 
-    again = ftrun(command)
+    again = apart(command)
     assert again.returncode == 0, again.stderr
     assert [r["status"] for r in table(study)] == ["finished"] * 8
     assert finished(study) == 8
@@ -106,14 +106,14 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def test_a_running_cluster_by_its_address(tmp_path: Path, cluster: str) -> None:
     own = ("launcher=ray", f"launcher.address={cluster}", "launcher.cpus=1")
-    done = ftrun(typed(tmp_path, "device=cpu,a100-80gb", *own))
+    done = apart(typed(tmp_path, "device=cpu,a100-80gb", *own))
     assert done.returncode == 0, done.stderr
     rows = {r["device"]: r for r in table(tmp_path / "study")}
     assert rows["cpu"]["status"] == "finished"
     assert rows["a100-80gb"]["status"] == "invalid"  # planned here, sent to the card, and told that there is none
     assert "not on this machine" in rows["a100-80gb"]["reason"]
 
-    anything = ftrun(typed(tmp_path, "rank=2,4", "device=auto", f"out={tmp_path / 'auto'}", *own))
+    anything = apart(typed(tmp_path, "rank=2,4", "device=auto", f"out={tmp_path / 'auto'}", *own))
     assert anything.returncode == 2
     assert "device=auto: this machine has no CUDA device to plan for" in anything.stderr
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ftrun.runs import read_json
-from tests.studies.small import events, ftrun, typed
+from tests.studies.small import apart, events, ftrun, typed
 
 
 def table(folder: Path) -> list[dict[str, str]]:
@@ -65,7 +65,7 @@ def test_a_trial_is_what_the_same_job_alone_is(tmp_path: Path) -> None:
     assert sum("\nllama: " in log for log in logs) == 1  # the base was read once
     for run in (tmp_path / "study" / "runs").iterdir():
         alone = tmp_path / "alone" / run.name
-        one = ftrun([f"job={run / 'job.yaml'}", f"out={alone}"])
+        one = apart([f"job={run / 'job.yaml'}", f"out={alone}"])
         assert one.returncode == 0, one.stderr
         for name in ("metrics.jsonl", "evals.jsonl"):
             for mine, theirs in zip(_losses(run / name), _losses(alone / name), strict=True):
@@ -80,16 +80,16 @@ def _losses(path: Path) -> list[float]:
 
 def test_points_that_go_wrong_are_rows_with_a_reason(tmp_path: Path) -> None:
     """Invalid and diverging ones beside good ones: the study ends well."""
-    done = ftrun(typed(tmp_path, "method=lora,houlsby", "rank=2,4", "lr=1e-3,1e30"))
+    done = ftrun(typed(tmp_path, "method=lora,houlsby", "rank=2", "lr=1e-3,1e30"))
     study = tmp_path / "study"
     assert done.returncode == 0, done.stderr + done.stdout
-    found = {(r["method"], r["rank"], float(r["lr"])): r for r in table(study)}
-    assert found["lora", "2", 1e-3]["status"] == "finished"
-    assert found["lora", "4", 1e30]["status"] == "diverged"
-    assert "not finite" in found["lora", "4", 1e30]["reason"]
-    assert found["houlsby", "2", 1e-3]["status"] == "invalid"
-    assert "method=houlsby has no such option" in found["houlsby", "2", 1e-3]["reason"]
-    assert "2 of 8" in done.stdout
+    found = {(r["method"], float(r["lr"])): r for r in table(study)}
+    assert found["lora", 1e-3]["status"] == "finished"
+    assert found["lora", 1e30]["status"] == "diverged"
+    assert "not finite" in found["lora", 1e30]["reason"]
+    assert found["houlsby", 1e-3]["status"] == "invalid"
+    assert "method=houlsby has no such option" in found["houlsby", 1e-3]["reason"]
+    assert "1 of 4" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
 
 

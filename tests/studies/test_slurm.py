@@ -15,7 +15,7 @@ import pytest
 from ftrun.dialogue import read_lines
 from ftrun.runs import read_json
 from tests.studies.scheduler import submissions, with_slurm
-from tests.studies.small import alive, descendants, ftrun, kill_all, started, typed, wait_for
+from tests.studies.small import alive, apart, descendants, kill_all, started, typed, wait_for
 from tests.studies.test_run import ends, table
 
 pytest.importorskip("submitit")
@@ -53,7 +53,7 @@ def test_the_files_for_sbatch_are_those_that_submitit_writes(tmp_path: Path) -> 
         "launcher.extra={qos: high}",
     ]
     command = typed(tmp_path, "rank=2,4", "steps=2", *own)
-    written = ftrun([*command, "launcher.submit=false"])
+    written = apart([*command, "launcher.submit=false"])
     assert written.returncode == 0, written.stderr
     study = tmp_path / "study"
     file = study / "slurm" / "tasks-1.sh"
@@ -76,31 +76,41 @@ def test_the_files_for_sbatch_are_those_that_submitit_writes(tmp_path: Path) -> 
     subprocess.run(shlex.split(line, comments=True), check=True, env=environment, stdout=subprocess.DEVNULL)
     wait_for(lambda: finished(study) == 2)  # by hand
 
-    submitted = ftrun(command, **slurm)  # submitit's own way with the same options; the runs are there
+    submitted = apart(command, **slurm)  # submitit's own way with the same options; the runs are there
     assert submitted.returncode == 0, submitted.stderr
     ours, theirs = submissions(tmp_path / "slurm")
-    assert lines(ours) == lines(theirs)
+    assert lines(ours) == [line for line in lines(theirs) if "--comment=ftrun-" not in line]
     assert "-m submitit.core._submit" in theirs.read_text()
     assert [e["status"] for e in ends(study)] == ["finished"] * 2
     assert json.loads((study / "slurm" / "jobs.json").read_text()) == {}
 
 
 def test_jobs_outlive_a_killed_study_and_are_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed before it hears what number its jobs have, and again before it has noted it."""
     for name, value in with_slurm(tmp_path / "slurm").items():
         monkeypatch.setenv(name, value)
     study = tmp_path / "study"
     own = ("launcher=slurm", "launcher.array=2", "launcher.cpus_per_task=1")
     command = typed(tmp_path, "rank=2,4", "steps=8", "save_every=2", *own)
+    state, record = tmp_path / "slurm" / "state", study / "slurm" / "jobs.json"
+    (state / "kill").touch()
+    assert started(command, tmp_path / "log").wait(120) == -signal.SIGKILL
+    assert all("job" not in entry for entry in json.loads(record.read_text()).values())
+
     process = started(command, tmp_path / "log")
-    wait_for(lambda: len(read_json(study / "slurm" / "jobs.json") or {}) == 2 and attempts(study))
+    wait_for(lambda: all("job" in e for e in (read_json(record) or {"": {}}).values()) and attempts(study))
     children = kill_all(process)
     wait_for(lambda: not any(alive(p) for p in children), 30)
     assert finished(study) < 2
-    before = [p.name for p in submissions(tmp_path / "slurm")]
+    assert {(state / name).read_text() for name in ("1_0", "1_1")} == {"CANCELLED"}, "they lacked what they were to do"
+    (comment,) = [x.partition("=")[2] for x in lines(submissions(tmp_path / "slurm")[1]) if "--comment" in x]
+    found = json.loads(record.read_text())
+    announced = {n: {"token": comment, "place": int(e["job"][-1]), "tries": 0} for n, e in found.items()}
+    record.write_text(json.dumps(announced))
 
-    done = ftrun(command)
+    done = apart(command)
     assert done.returncode == 0, done.stderr
-    assert [p.name for p in submissions(tmp_path / "slurm")] == before == ["1.sh"]
+    assert [p.name for p in submissions(tmp_path / "slurm")] == ["1.sh", "2.sh"]
     assert sorted(e["status"] for e in ends(study)) == ["finished"] * 2
     assert [len(tries) for tries in attempts(study).values()] == [1] * 2
     assert json.loads((study / "slurm" / "jobs.json").read_text()) == {}
@@ -153,7 +163,7 @@ def test_without_slurm_here_a_lost_job_is_tried_again_and_none_outlives_the_stud
 
 
 def test_slurm_is_asked_for_where_it_is_not(tmp_path: Path) -> None:
-    done = ftrun(typed(tmp_path, "rank=2,4", "launcher=slurm", "launcher.cluster=slurm"), PATH="/nowhere")
+    done = apart(typed(tmp_path, "rank=2,4", "launcher=slurm", "launcher.cluster=slurm"), PATH="/nowhere")
     assert done.returncode == 2
     assert "launcher.cluster=slurm: found no sbatch here" in done.stderr
 

@@ -126,3 +126,18 @@ def test_draws_are_those_of_the_seed_and_go_on_with_more_of_them() -> None:
     assert len({tuple(p.items()) for p in many}) == 9
     assert all(1e-5 <= float(p["lr"]) <= 1e-2 and 1 <= int(p["k"]) <= 9 for p in many)
     assert draws([Axis("rank", ("4", "8"))], 5, 0) == draws([Axis("rank", ("4", "8"))], 2, 0)  # there are no more
+
+
+def test_the_runs_of_a_study_are_a_group_at_wandb(tmp_path: Path) -> None:
+    for more, group in ((), "mine"), (("log.group=ours",), "ours"):
+        point = Points(read_study(["rank=4,8", "log=wandb", *more])).make({"rank": "4"})
+        log = point.request(tmp_path / "mine" / "runs" / "one")["tree"]["log"]
+        assert (log["group"], log["job_type"]) == (group, "trial")
+
+
+def test_an_option_within_an_option_of_the_search() -> None:
+    dotted = ["search.pruner=percentile", "search.pruner_options.percentile=50", "eval.every=5", "trials=3"]
+    study = read_study(["search=optuna", "rank=4,8", *dotted])
+    assert study.search.options.pruner_options == {"percentile": 50}
+    with pytest.raises(UserError, match="pruner_optoins"):
+        read_study(["search=optuna", "rank=4,8", "search.pruner_optoins.percentile=50"])

@@ -27,7 +27,8 @@ class Options(TrackerOptions):
     package = "wandb"
     install = "wandb"
     entity: str | None = option(None, "the user or team that owns the project; null = your default")
-    group: str | None = option(None, "runs of one group are shown together")
+    group: str | None = option(None, "runs of one group are shown together; null: a study's runs under its name")
+    job_type: str | None = option(None, "what a run of the group is; null: train, and trial within a study")
     tags: tuple[str, ...] = option((), "labels of the run")
 
 
@@ -50,6 +51,7 @@ def sink(options: Options, name: str, say: Callable[[str], None]) -> Sink | None
             name=name,
             entity=options.entity,
             group=options.group,
+            job_type=options.job_type or "train",
             tags=list(options.tags),
             dir=str(run),
             id=_identity(run),
@@ -113,11 +115,16 @@ def _settings(kind: Any) -> Any:
 
 
 def _identity(run: Path) -> str:
-    """The run's id at W&B, kept in its folder: a run that goes on goes on there as well."""
+    """The run's id at W&B, kept in its folder: a run that goes on goes on there as well.
+
+    `wandb agent` says which run of its sweep this is; a study within one has more runs than that, and ids of its own.
+    """
     file = run / "wandb" / "id"
     if not file.exists():
+        of_sweep = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
+        in_study = (run.parent.parent / "study.yaml").exists()
         file.parent.mkdir(exist_ok=True)
-        file.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+        file.write_text((None if in_study else of_sweep) or uuid.uuid4().hex[:12], encoding="utf-8")
     return file.read_text(encoding="utf-8").strip()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from ftrun.report.plots.ink import HEAT, INK, MUTED, SMALL, WIDE, WIDTH, Drawing, Sheet
@@ -13,6 +14,7 @@ from ftrun.report.study_rows import FIGURES, NOISE, Row, choices, cost, effects,
 
 _FIELDS, _ACROSS, _DOWN = 4, 18, 16  # fields side by side; columns of all fields together; lines
 _NARROW = 7  # columns that a figure beside another holds
+_PAIR = ("layers", "targets")  # where a job is tuned: read together where both are swept
 _PALE, _DARK = 0.06, 0.58  # of the colour over the paper: text reads on all between
 
 
@@ -21,7 +23,7 @@ def heat(rows: Sequence[Row], objective: str) -> Drawing | None:
     swept = [key for key in varied(rows) if key != NOISE and len(choices(rows, key)) > 1]
     if len(swept) < 2 or not ranked(rows, objective):
         return None
-    two = [key for key in effects(rows, objective) if key in swept][:2]
+    two = [*_PAIR] if set(_PAIR) <= set(swept) else [key for key in effects(rows, objective) if key in swept][:2]
     for chosen in (swept if len(swept) < 4 else two, two):
         if len(chosen) > 1 and _fits(rows, order := _order(rows, chosen)):
             return _Field(rows, order, objective).draw()
@@ -29,8 +31,13 @@ def heat(rows: Sequence[Row], objective: str) -> Drawing | None:
 
 
 def _order(rows: Sequence[Row], chosen: Sequence[str]) -> list[str]:
-    """The keys of the columns, of the lines and of the fields: numbers and many values first."""
-    return sorted(chosen, key=lambda key: (-bool(numbers(choices(rows, key))), -len(choices(rows, key))))[:3]
+    """The keys of the columns, of the lines and of the fields: layers and targets, numbers, many values first."""
+    field = set(_PAIR) <= set(chosen)
+
+    def place(key: str) -> tuple[Any, ...]:
+        return (not (field and key in _PAIR), -bool(numbers(choices(rows, key))), -len(choices(rows, key)))
+
+    return sorted(chosen, key=place)[:3]
 
 
 def _fits(rows: Sequence[Row], order: Sequence[str]) -> bool:
@@ -90,7 +97,8 @@ class _Field:
         if first:
             axes.add_patch(Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, fill=False, edgecolor=INK, linewidth=1.6))
         weight = "bold" if first else "normal"
-        axes.text(x, y, row.shown(self.objective), ha="center", va="center", fontsize=SMALL, color=INK, weight=weight)
+        words = replace(row, spread={}).shown(self.objective)
+        axes.text(x, y, words, ha="center", va="center", fontsize=SMALL, color=INK, weight=weight)
 
     def _depth(self, row: Row) -> float:
         """The better, the more colour."""
@@ -104,5 +112,6 @@ class _Field:
         cells = len(self.across) * len(self.down) * len(self.fields)
         several = " Each cell is the best of its runs." if len(self.rows) > cells else ""
         caption = f"The stronger the colour the better; the best is framed.{several}"
+        several += " Runs that differ in their seed alone count by their mean." if any(r.of for r in self.rows) else ""
         named = [label(row, self.order) + " " + row.shown(self.objective) for row in self.best[:24]]
         return sheet.finish("grid", title, caption, told=f"Best first: {', '.join(named)}.")

@@ -19,7 +19,7 @@ _PLACES = ((1, -1), (-1, 1), (-1, -1), (1, 1), (1, 0), (-1, 0), (0, -1), (0, 1))
 def told(row: Row, rows: Sequence[Row], *keys: str) -> str:
     """What the pointer shows over a run: its number, setting and figures."""
     figures = [f"{FIGURES[key].label} {row.shown(key)}" for key in keys if row.shown(key)]
-    return f"{row.number}: {', '.join([label(row, varied(rows)), *figures])}"
+    return f"{row.name}: {', '.join([label(row, varied(rows)), *figures])}"
 
 
 def point(sheet: Sheet, axes: Any, x: float, y: float, look: Look, words: str, *, faint: bool = False) -> None:

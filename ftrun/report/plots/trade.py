@@ -61,6 +61,9 @@ class _Trade:
     def _run(self, index: int) -> None:
         row, place, axes = self.own[index], self.places[index], self.sheet.axes
         words = marks.told(row, self.rows, self.objective, self.key)
+        if spread := row.spread.get(self.objective):
+            ends = [min(max(self.heights[index] + s * spread / self.up, self.low), self.high) for s in (-1, 1)]
+            axes.plot([place[0]] * 2, ends, color=self.looks.of(row).colour, linewidth=1.4, alpha=0.6, zorder=2)
         if place[1] == self.heights[index]:
             marks.point(self.sheet, axes, *place, self.looks.of(row), words, faint=index not in self.ahead)
         else:
@@ -78,10 +81,11 @@ class _Trade:
         figure, other = FIGURES[self.objective], FIGURES[self.key]
         names = f" Names give {' '.join(self._keys)}." if self._keys else ""
         off = any(place[1] != height for place, height in zip(self.places, self.heights, strict=True))
+        seeds = " Points are means over the seeds, the strokes their deviations." if any(r.of for r in self.own) else ""
         hollow = " Hollow: off the scale." if off else ""
         caption = (
             f"{_NOTES.get(self.key, '')}The line joins the runs that no other beats in both; the best is ringed."
-            f"{names}{hollow}"
+            f"{names}{seeds}{hollow}"
         )
         best = [marks.told(self.own[index], self.rows, self.objective, self.key) for index in self.ahead[:_NAMED]]
         told = f"{len(self.own)} runs; not beaten in both: {'; '.join(best)}."

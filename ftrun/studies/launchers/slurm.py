@@ -52,6 +52,8 @@ class Options:
     submit: bool = option(True, "false: write the files for sbatch, say the command, and end")
 
     def __post_init__(self) -> None:
+        if "comment" in self.extra:
+            raise UserError("launcher.extra: comment is taken: by it a study finds its jobs again")
         if self.mem is not None:
             parse_size(self.mem, "launcher.mem")
 
@@ -85,6 +87,7 @@ class Launcher(Elsewhere):
         self._tidy()
         for task in tasks:
             self.check_device(task)
+        self._jobs.recall()
         if not self.options.submit:
             self._write(tasks)
         tasks = [task for task in tasks if not self._adopt(task)]
@@ -136,17 +139,19 @@ class Launcher(Elsewhere):
     def _send(self, tasks: Sequence[Task]) -> None:
         """One submission, an array where there are several."""
         paths = [self.place(task, self.options.cpus_per_task) for task in tasks]
-        for task, path, job in zip(tasks, paths, self._submit(tasks, paths), strict=True):
+        comment = self._jobs.announce([task.id for task in tasks], [path.stem for path in paths])
+        for task, path, job in zip(tasks, paths, self._submit(tasks, paths, comment), strict=True):
             self._jobs.add(task.id, path.stem, job)
 
     def _again(self, id: str, reason: str) -> None:
         """A lost job once more, in the same folders."""
         say(f"{self.meeting.run(id)}: {reason}; tried again")
         self._jobs.cancel(id, keep=True)  # the cluster may have it in mind to start it again by itself
-        (job,) = self._submit([self.tasks[id]], [self.meeting.path(id)])
-        self._jobs.again(id, self.meeting.path(id).stem, job)
+        path = self.meeting.path(id)
+        (job,) = self._submit([self.tasks[id]], [path], self._jobs.announce([id], [path.stem]))
+        self._jobs.again(id, path.stem, job)
 
-    def _submit(self, tasks: Sequence[Task], paths: Sequence[Path]) -> list[Any]:
+    def _submit(self, tasks: Sequence[Task], paths: Sequence[Path], comment: str) -> list[Any]:
         import submitit
 
         retries = {f"{name}_max_num_timeout": self.options.retries for name in ("slurm", "local")}
@@ -154,6 +159,8 @@ class Launcher(Elsewhere):
         try:
             executor = submitit.AutoExecutor(self._logs, self._cluster, **retries)
             sbatch = self._sbatch(tasks)
+            if self.other:  # by it a study that is killed now finds its jobs again
+                sbatch["comment"] = comment
             executor.update_parameters(
                 **{f"slurm_{key}": value for key, value in sbatch.items()},
                 timeout_min=sbatch["time"],

@@ -78,6 +78,17 @@ class Search(Base):
             count, done = self._quota(count), max(done, steps)
         return trained / (len(self._points) * self.steps)
 
+    @property
+    def left(self) -> float:
+        target, count = self._ladder[self._rung], self._count
+        steps = sum(max(0, target - self._reached[point]) for point in (*self._waiting, *self._at_work.values()))
+        done = target
+        for rung in self._ladder[self._rung + 1 :]:
+            count = self._quota(count)
+            goal = rung if count > 1 else self.steps
+            steps, done = steps + count * max(0, goal - done), max(done, goal)
+        return steps / (len(self._points) * self.steps)
+
     def sentences(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         whole, trained = sum(self._whole), sum(self._reached)
         if not whole:
