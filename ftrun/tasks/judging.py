@@ -104,7 +104,9 @@ class Judge:
             self._check([[start, start]])
             with attention(s.work.model, "sdpa"), s.work.autocast():
                 tokenizer = s.parts.base.tokenizer()
-                ids = retention.write(s.work.model, tokenizer, start, s.options.retention, tokens, s.job.seed)
+                ids = s.work.parallel.run(
+                    retention.write, s.work.model, tokenizer, start, s.options.retention, tokens, s.job.seed
+                )
             found = self._check(ids)
         text = retention.Text(ids, found.loss, found.tokens)
         try:
@@ -203,7 +205,7 @@ class Judge:
     def _timed(self, prompt: list[int], tokens: int) -> float:
         s = self.session
         with attention(s.work.model, "sdpa"), s.work.autocast(), s.parts.tuner.settled(s.work.model):
-            return latency.milliseconds(s.work.model, s.parts.base.tokenizer(), prompt, tokens)
+            return s.work.parallel.run(latency.milliseconds, s.work.model, s.parts.base.tokenizer(), prompt, tokens)
 
     def _merged_ms(self, prompt: list[int], tokens: int) -> float | None:
         """None, said aloud, where the memory is short: all wrapped layers then have a plain copy beside them."""
