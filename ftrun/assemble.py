@@ -329,10 +329,10 @@ def autocast(parts: Sketch, device: torch.device) -> Callable[[], contextlib.Abs
     )
 
 
-def shared(job: Job, parts: Sketch, ranks: Ranks, strategy: str, mesh: Any = None) -> Alone:
+def shared(job: Job, parts: Sketch, ranks: Ranks, strategy: str, kind: str, mesh: Any = None) -> Alone:
     """The model shared by the ranks. Its weights and what was learnt are in place; the optimiser is made after.
 
-    strategy: "ddp" or "fsdp", settled. mesh: the ranks', where it was made before.
+    strategy: "ddp" or "fsdp", settled. kind: the job's device type. mesh: the ranks', where it was made before.
     """
     if ranks.alone:
         return Alone()
@@ -340,7 +340,7 @@ def shared(job: Job, parts: Sketch, ranks: Ranks, strategy: str, mesh: Any = Non
         return Replicated(parts.model, ranks)
     # under method=full the weights themselves train: they are sharded with the rest
     whole = [p for p in parts.model.parameters() if p.requires_grad] if parts.tuner.switchable else []
-    return Sharded(parts.model, decoder(parts), whole, mesh or mesh_of(ranks), job.offload)
+    return Sharded(parts.model, decoder(parts), whole, mesh or mesh_of(ranks), job.offload, ahead=kind == "cuda")
 
 
 def optimiser_buckets(job: Job, parts: Sketch, parallel: Alone | None = None) -> list[dict[str, Any]]:

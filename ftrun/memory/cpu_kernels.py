@@ -151,6 +151,14 @@ def _dequantise_int8(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> S
 
 _ELEMENTWISE = ("add", "sub", "rsub", "mul", "div", "addcmul", "addcdiv", "maximum", "minimum", "lerp")
 _COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
+
+
+def _gathered(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Sizes:
+    """Gloo gathers into a flat tensor of its own and copies it out (AsyncAllgatherWork: newLikeFlat,
+    torch/csrc/distributed/c10d/ProcessGroupGloo.cpp)."""
+    yield args[0].nbytes
+
+
 _RULES: dict[str, Callable[[Sequence[Any], dict[str, Any], Any], Sizes]] = {
     **{f"aten::{name}": _casts for name in (*_ELEMENTWISE, *_COMPARISONS)},
     **{f"aten::{name}": _reduction for name in ("sum", "cumsum", "linalg_vector_norm")},
@@ -167,4 +175,5 @@ _RULES: dict[str, Callable[[Sequence[Any], dict[str, Any], Any], Sizes]] = {
     "ftrun::cross": _cross,
     "ftrun::attention": _attended,
     "ftrun::attention_backward": _attended_backward,
+    "c10d::_allgather_base": _gathered,
 }

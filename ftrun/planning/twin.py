@@ -202,7 +202,7 @@ class Twin:
             buckets.end()
         else:
             with sharing.pretended(self.job.devices) as (ranks, mesh), self.mode:
-                yield assemble.shared(self.job, parts, ranks, "fsdp", mesh)
+                yield assemble.shared(self.job, parts, ranks, "fsdp", self.device.type, mesh)
 
     @contextmanager
     def _at_work(self, parts: assemble.Sketch, keeps: bool = False) -> Iterator[tuple[Tracker, Work]]:

@@ -127,7 +127,7 @@ class Session:
         )
         if found is not None:
             self.keeper.load_trained(found.trained)
-        parallel = assemble.shared(self.job, self.parts, self.ranks, self.settled.strategy)
+        parallel = assemble.shared(self.job, self.parts, self.ranks, self.settled.strategy, self.device.type)
         self.work = assemble.work(self.job, self.parts, torch_device, self.total, parallel=parallel, ranks=self.ranks)
         if found is not None:
             self.progress = found.progress

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ftrun.train.gloo import Gather, Scatter
 from ftrun.train.ranks import Ranks
 
 Tensors = dict[str, torch.Tensor]
@@ -103,9 +104,17 @@ class Sharded(Alone):
     """FSDP2: each decoder layer a group of its own, all else the root's; gathered before it runs, let go after."""
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[nn.Module], whole: Sequence[nn.Parameter], mesh: Any, offload: bool
+        self,
+        model: nn.Module,
+        layers: Sequence[nn.Module],
+        whole: Sequence[nn.Parameter],
+        mesh: Any,
+        offload: bool = False,
+        ahead: bool = True,
     ) -> None:
-        """whole: trained parameters that stay whole on each rank. offload: shards wait in host memory."""
+        """whole: trained parameters that stay whole on each rank. offload: shards wait in host memory. ahead: whether
+        the backward pass gathers the next layer while one is computed; over gloo that wins no time, and costs memory.
+        """
         from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
         self.whole = list(whole)
@@ -118,6 +127,13 @@ class Sharded(Alone):
         for layer in layers:
             fully_shard(layer, reshard_after_forward=True, **how)  # type: ignore[arg-type]
         self.root = fully_shard(Root(model), reshard_after_forward=True, **how)  # type: ignore[arg-type]
+        if not ahead:
+            gather, scatter = Gather(), Scatter()
+            for module in (*layers, self.root):
+                module.set_custom_all_gather(gather)  # type: ignore[operator]
+                module.set_custom_reduce_scatter(scatter)  # type: ignore[operator]
+            for layer in layers:
+                layer.set_modules_to_backward_prefetch([layer])  # type: ignore[operator]
         self.parts = [p for p in model.parameters() if p.requires_grad and hasattr(p, "to_local")]
         self.gathers = not self.parts
         self.factor = float(mesh.size()) if self.parts else 1.0  # FSDP2 averages what it scatters
