@@ -160,9 +160,19 @@ class Tuner(Generic[O]):
         return {name: t.write(t.parameter.detach()) for name, t in self.named(model).items()}
 
     def load_state(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Copies saved values in. UserError names the first tensor that has no place, is missing or misshapen."""
+        """Copies saved values in. Raises UserError as `fitting` does."""
         for wrapper in wrappers(model):
             wrapper.prepare()
+        tensors = self.fitting(model, tensors)
+        with torch.no_grad():
+            for name, trained in self.named(model).items():
+                trained.parameter.copy_(trained.read(tensors[name]))
+
+    def fitting(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """A file's tensors by the names that `state` gives. The model may be on meta: no value is looked at.
+
+        UserError names the first tensor that has no place, is missing or misshapen.
+        """
         named = self.named(model)
         tensors = self.readable(model, tensors)
         match_names(tensors, named)
@@ -173,8 +183,7 @@ class Tuner(Generic[O]):
                     f"adapter: {name} has the shape {tuple(found.shape)}, expected {tuple(expected)}: "
                     "it was trained with other options (rank, targets) or on another base"
                 )
-            with torch.no_grad():
-                trained.parameter.copy_(trained.read(found))
+        return tensors
 
     def check(self, config: Mapping[str, Any]) -> None:
         """UserError where a file's adapter_config.json means another function than these options do: its scale, say."""
