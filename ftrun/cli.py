@@ -24,6 +24,7 @@ VERBS = {
     "plan": "ftrun.tasks.plan",
     "fit": "ftrun.tasks.fit",
     "data": "ftrun.tasks.data",
+    "merge": "ftrun.tasks.merge",
     "check": "ftrun.tasks.check",
 }
 

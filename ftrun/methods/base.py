@@ -67,6 +67,10 @@ class Wrapper(nn.Module):
         """The one matrix that does what base and method do: (out, in), float32; an embedding's is (tokens, width)."""
         raise NotImplementedError
 
+    def merged_bias(self) -> torch.Tensor | None:
+        """The bias that goes with `merged_weight`."""
+        return self.bias
+
     def merged(self) -> nn.Module:
         """The plain layer with the merged weight in the base's dtype; the base itself is left as it is."""
         return with_weight(self.base, self.merged_weight())
@@ -209,12 +213,16 @@ class Tuner(Generic[O]):
         """How much of its rank each tuned module's update uses, by the module's name; None where no update has one."""
         return None
 
-    def merge(self, model: nn.Module) -> None:
-        """Puts plain merged layers in place, under the bare model's names; the wrappers wait for `unmerge`."""
+    def merge(self, model: nn.Module, made: Callable[[Wrapper], nn.Module] | None = None) -> None:
+        """Puts merged layers in place, under the bare model's names; the wrappers wait for `unmerge`.
+
+        made: the layer for a wrapper, where it is not the plain one in the base's dtype. Raises UserError where the
+        method does not merge.
+        """
         if not self.merges:
             raise UserError(f"method={self.kind}: cannot be merged: {self.why_not}")
         for wrapper in list(wrappers(model)):
-            swap(model, wrapper.name, wrapper.merged())
+            swap(model, wrapper.name, made(wrapper) if made else wrapper.merged())
             self._aside[wrapper.name] = wrapper
         self._tied = _retie(model, None)
 
