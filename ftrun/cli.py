@@ -26,6 +26,7 @@ VERBS = {
     "data": "ftrun.tasks.data",
     "merge": "ftrun.tasks.merge",
     "check": "ftrun.tasks.check",
+    "push": "ftrun.tasks.push",
 }
 
 

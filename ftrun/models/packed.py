@@ -66,9 +66,7 @@ class PackedWeight:
             raise UserError(f"{self.key}: it was quantised with another map of code points than bitsandbytes' own")
 
 
-def packed_layout(
-    key: str, storage: FourBit, shape: tuple[int, ...]
-) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def packed_layout(key: str, storage: FourBit, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """What `as_packed` gives for a weight of `shape`: name -> (shape, dtype)."""
     found = {_named(key, name): facts for name, facts in storage.layout(shape).items() if name != "offset"}
     found[f"{key}.quant_map"] = ((16,), torch.float32)

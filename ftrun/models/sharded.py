@@ -34,7 +34,8 @@ def layout_of(bare: PreTrainedModel, names: Iterable[str], dtype: torch.dtype) -
 
     dtype: of whatever is a floating-point number.
     """
-    state, found = bare.state_dict(), {}
+    state = bare.state_dict()
+    found: dict[str, Layout] = {}
     for name in names:
         own = state[name].dtype
         like = torch.empty(state[name].shape, dtype=dtype if own.is_floating_point else own, device="meta")

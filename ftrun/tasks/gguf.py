@@ -37,15 +37,13 @@ def find(kind: str, folder: str | None) -> Path:
 
 
 def convert(converter: Path, folder: Path, kind: str) -> Path:
-    """model-KIND.gguf in `folder`, from the checkpoint that lies there. Raises UserError with what the converter says."""
+    """model-KIND.gguf in `folder`, of the checkpoint that lies there. Raises UserError with what the converter said."""
     target = folder / f"model-{kind}.gguf"
     with aside(target) as beside:
         command = [sys.executable, str(converter), str(folder), "--outfile", str(beside), "--outtype", kind]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode or not beside.is_file():
             said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()][-_LINES:]
-            raise UserError(
-                f"{converter}: failed ({done.returncode}): {' / '.join(said) or 'it said nothing'}. The merged model in "
-                f"{folder} is whole"
-            )
+            why = " / ".join(said) or "it said nothing"
+            raise UserError(f"{converter}: failed ({done.returncode}): {why}. The merged model in {folder} is whole")
     return target

@@ -1,9 +1,10 @@
 """Merge what a run has learnt into its base: a checkpoint that transformers and vLLM load by themselves.
 
-Over a quantised base you choose what it is merged into. into=base: the base's own weights; the update was trained beside
-quantised ones, so it corrects errors that are not there. into=dequantised: the weights that training saw, written in
-full precision; the closest to what was evaluated. into=requantised: those, quantised again by the run's scheme, as a
-bitsandbytes checkpoint; the smallest, and the rounding may lose much of the update. compare=true measures all three.
+Over a quantised base you choose what it is merged into. into=base: the base's own weights; the update was trained
+beside quantised ones, so it corrects errors that are not there. into=dequantised: the weights that training saw,
+written in full precision; the closest to what was evaluated. into=requantised: those, quantised again by the run's
+scheme, as a bitsandbytes checkpoint; the smallest, and the rounding may lose much of the update. compare=true measures
+all three.
 
 What is measured: the share of the update that rounding to the file's precision loses, ‖round(merged) − merged‖² over
 ‖merged − base‖² (0: nothing; 1: as much as all of it), in all and of the worst module; then the held-out loss and the
@@ -45,7 +46,9 @@ class Options:
         None, "precision of the file; null: model.dtype", choices=("bfloat16", "float16", "float32")
     )
     scale: float = option(1.0, "how much of the update: 1 as trained, 0 none of it")
-    shard: str = option("5GB", "bytes of a weights file at most", pattern=r"\d+(\.\d+)?(KB|MB|GB)", form="a size as 5GB")
+    shard: str = option(
+        "5GB", "bytes of a weights file at most", pattern=r"\d+(\.\d+)?(KB|MB|GB)", form="a size as 5GB"
+    )
     measure: bool = option(True, "measure loss and logits on the held-out rows, beside what rounding loses")
     compare: bool = option(False, "measure every target that this base has, not only the one that is written")
     rows: int | None = option(100, "held-out rows at most; null: all of them", ge=1)
@@ -111,8 +114,7 @@ class Merging:
             tuned = open_tuned(self.run, job, cache_dir(), self.say, plain=True)
             tuned.tuner.scale(tuned.model, self.asked.scale)
             self._target(tuned, "base", getattr(torch, self.dtype))
-        made = self._finish()
-        return made
+        return self._finish()
 
     def _check_base(self, tuned: Any, wanted: list[str]) -> None:
         """A base that is quantised in its own files has no other weights."""
@@ -231,5 +233,3 @@ def _free(out: str | None) -> Path:
 
 def _bytes(size: str) -> float:
     return float(size[:-2]) * _UNITS[size[-2:]]
-
-

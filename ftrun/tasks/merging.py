@@ -1,7 +1,7 @@
-"""A tuned model as one plain checkpoint: what each target makes of the merged weights, what it costs, how it is written.
+"""A tuned model as one plain checkpoint: what each target makes of the merged weights, its cost, its files.
 
-The three targets over a quantised base: its own weights ("base"), the ones that training saw ("dequantised"), and those
-quantised again ("requantised").
+The three targets over a quantised base: its own weights ("base"), the ones that training saw ("dequantised"), and
+those quantised again ("requantised").
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class Output:
         old = wrapper.base
         if self.storage is None or not isinstance(old, QuantisedLinear):
             return wrapper.merged()
-        made = QuantisedLinear(self.storage, old.shape, old.bias, old.weight_dtype, torch.device("meta"))
+        made = QuantisedLinear(self.storage, old.shape, wrapper.base.bias, old.weight_dtype, torch.device("meta"))
         made.adopt(self.storage.quantise(wrapper.merged_weight()))
         return made
 

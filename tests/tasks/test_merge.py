@@ -1,4 +1,4 @@
-"""A run merged: transformers alone loads the result, and its logits are ours unmerged, within the bound of the target."""
+"""A run merged: transformers alone loads the result, and its logits are ours unmerged, within the target's bound."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from tests.jobs import tiny_job
 from tests.methods.tuned import far, logits
 
 EXACT = 1e-5  # of the largest logit, float32
+CPU_PRODUCT = 5e-2  # where bitsandbytes' CPU kernel multiplies in bfloat16, for inference alone
 COMMON = ("steps=2", "lr=1e-2", "eval=none")
 
 
@@ -47,6 +48,14 @@ def reloaded(place: Path, **options: object) -> torch.nn.Module:
     assert not info["unexpected_keys"]
     assert not info["mismatched_keys"]
     return model.eval()
+
+
+def with_plain_products(model: torch.nn.Module) -> torch.nn.Module:
+    """Before its first pass: bitsandbytes' products by the dense weight, in the dtype of the numbers."""
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def unmerged(place: Path, *more: str) -> torch.Tensor:
@@ -94,7 +103,7 @@ def test_transformers_alone_loads_it_and_its_logits_are_ours(case: tuple[str, ..
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(tmp_path / family).chat_template
     assert (tmp_path / "merged/generation_config.json").is_file()
-    if not report["method"] == "full":
+    if report["method"] != "full":
         assert report["targets"]["base"]["lost"] < 1e-6
 
 
@@ -104,7 +113,7 @@ QUANTISED = [
     ("llama", "method=dora", "quant=nf4"),
     ("qwen2", "method=qlora", "method.modules_to_save=[embeddings]"),
     ("llama", "method=lora", "quant=nf4", "targets=[q_proj]", "quant.double_quant=false"),
-    ("llama", "method=lora", "quant=nf4", "quant.block_size=128", "quant.skip=[down_proj]"),
+    ("llama", "method=lora", "quant=nf4", "quant.block_size=32", "quant.skip=[down_proj]"),
     ("llama", "method=lora", "quant=fp4"),
     ("gpt2", "method=lora", "quant=nf4"),
 ]
@@ -132,9 +141,11 @@ def test_over_a_quantised_base_each_target_is_what_it_says(case: tuple[str, ...]
         rounded = logits(tuned.model)
     assert torch.equal(logits(tuned.model), own)
     found = reloaded(tmp_path)
-    assert sum(type(m).__name__ == "Linear4bit" for m in found.modules()) >= 8
-    assert far(logits(found), rounded) < EXACT
-    assert 0 < report["targets"]["requantised"]["lost"]
+    packed = [m for m in found.modules() if type(m).__name__ == "Linear4bit"]
+    assert len(packed) == sum(hasattr(m, "parts") for m in tuned.model.modules())
+    assert far(logits(found), rounded) < CPU_PRODUCT
+    assert far(logits(with_plain_products(reloaded(tmp_path))), rounded) < EXACT
+    assert report["targets"]["requantised"]["lost"] > 0
 
 
 def test_requantised_it_is_a_base_again(tmp_path: Path) -> None:
@@ -146,9 +157,10 @@ def test_requantised_it_is_a_base_again(tmp_path: Path) -> None:
     (again / "rows.jsonl").write_text((tmp_path / "rows.jsonl").read_text())
     job = tiny_job(again, "method=qlora", f"model.path={tmp_path}/merged", "steps=1", "eval=none")
     train.run(job)
+    options = Options(run=str(again / "run"), out=str(again / "out"), into="base")
+    merging = Merging(compose([f"job={again}/run/job.yaml"]), options, print)
     with pytest.raises(UserError, match="hold quantised weights; use into=dequantised"):
-        options = Options(run=str(again / "run"), out=str(again / "out"), into="base")
-        Merging(compose([f"job={again}/run/job.yaml"]), options, print).report()
+        merging.report()
 
 
 def test_in_lower_precision_what_is_lost_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -238,7 +250,7 @@ def test_unmerged_in_memory_the_very_weights_are_back(method: str, tmp_path: Pat
         ("method=prompt", [], "method=prompt: cannot be merged: its tokens stand in front of the input"),
         ("method=lora quant=int8", ["into=requantised"], "no checkpoint of int8 rows"),
         ("method=lora", ["gguf=q8_0"], "git clone https://github.com/ggml-org/llama.cpp"),
-        ("method=lora", ["gguf=q9"], "gguf: the type 'q9' is unknown. Did you mean"),
+        ("method=lora", ["gguf=q9"], "gguf: the type 'q9' is unknown. Valid: "),
         ("method=qlora", ["gguf=f16", "into=requantised"], "llama.cpp reads plain weights"),
     ],
 )
@@ -299,4 +311,3 @@ def test_the_converter_is_called_as_it_wants(
         assert (tmp_path / "merged/model-q8_0.gguf").read_text() == "q8_0"
     assert cli.main(["merge", f"run={tmp_path}/run", f"out={tmp_path}/o", "gguf=f16", f"llama_cpp={sys.prefix}"]) == 2
     assert "holds no convert_hf_to_gguf.py" in capsys.readouterr().err
-
