@@ -8,7 +8,8 @@ all three.
 
 What is measured: the share of the update that rounding to the file's precision loses, ‖round(merged) − merged‖² over
 ‖merged − base‖² (0: nothing; 1: as much as all of it), in all and of the worst module; then the held-out loss and the
-logits of the merged model beside those of the run as it was trained, both computing in the run's dtype.
+logits of the merged model beside those of the run as it was trained, both computing in the run's dtype. Measuring them
+holds the tuned layers twice; measure=false writes with the model and one tensor more.
 
 gguf=q8_0 hands the checkpoint to llama.cpp's convert_hf_to_gguf.py, found in llama_cpp=DIR, $LLAMA_CPP or on PATH.
 """

@@ -212,6 +212,20 @@ def test_all_targets_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "(written)" in next(line for line in said.splitlines() if "dequantised" in line)
 
 
+def test_in_bfloat16_over_nf4(tmp_path: Path) -> None:
+    """As most runs are: a bfloat16 base, every target loaded in the file's own dtype, bfloat16 sums on both sides."""
+    trained(tmp_path, "method=qlora", "rank=4", "model.dtype=bfloat16")
+    own = unmerged(tmp_path).float()
+    for into in ("base", "dequantised", "requantised"):
+        found = merged(tmp_path, f"into={into}")["targets"][into]
+        model = reloaded(tmp_path, dtype="auto")
+        assert model.dtype == torch.bfloat16
+        assert far(logits(model).float(), own) < (0.05 if into == "dequantised" else 0.5)
+        assert 0 < found["logits"] < 0.5
+        assert found["lost"] > 0
+        shutil.rmtree(tmp_path / "merged")
+
+
 def test_tokens_that_the_job_added_are_there(tmp_path: Path) -> None:
     more = ["<a>", "<b>", *(f"<{i}>" for i in range(12))]
     trained(tmp_path, "method=lora", "rank=4", f"model.new_tokens=[{','.join(more)}]")
