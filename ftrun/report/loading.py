@@ -129,7 +129,7 @@ def _merged(facts: Facts) -> str:
         return f"method={facts.method} cannot be merged into the base."
     into = "" if facts.job["quant"]["kind"] == "none" else " into=dequantised"
     command = f"```bash\nftrun merge run={facts.name} out=merged{into}\n```"
-    return f"In the folder above the run's:\n\n{command}\n\n{_python(_whole('merged'))}"
+    return f"Where the run's folder `{facts.name}` lies:\n\n{command}\n\n{_python(_whole('merged'))}"
 
 
 def _whole(place: str) -> str:
