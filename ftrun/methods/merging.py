@@ -18,25 +18,32 @@ Round = Callable[[Wrapper, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Loss:
-    """What rounding does to one module's update U = merged − base, all sums in float64.
+    """What rounding does to one module's update U = merged − base, in sums of squares and products (float64).
 
-    error: ‖round(merged) − merged‖². update: ‖U‖². `share` is the one over the other: 0, nothing is lost; 1, as much as
-    if nothing had been learnt (a bfloat16 weight that is its own nearest neighbour after the update); more than 1, the
-    rounding moves the weight further than training did.
+    kept: ⟨round(merged) − base, U⟩. error: ‖round(merged) − merged‖². update: ‖U‖².
     """
 
-    error: float
-    update: float
+    kept: float = 0.0
+    error: float = 0.0
+    update: float = 0.0
 
     @property
     def share(self) -> float:
-        """error / update; 0 where neither is there."""
+        """The share of the update that is gone, 1 − kept / update: 0, all of it is there, along its own direction; 1,
+        none is: weights that lie on the file's grid fall back to where they were. Noise that has nothing to do with
+        the update does not count; by chance it leaves a little above or below 0.
+        """
+        return 1 - self.kept / self.update if self.update else 0.0
+
+    @property
+    def noise(self) -> float:
+        """All that rounding moves, error / update; infinite where there is no update."""
         if self.update:
             return self.error / self.update
         return float("inf") if self.error else 0.0
 
     def __add__(self, other: Loss) -> Loss:
-        return Loss(self.error + other.error, self.update + other.update)
+        return Loss(self.kept + other.kept, self.error + other.error, self.update + other.update)
 
 
 def losses(model: nn.Module, rounded: Round) -> Iterator[tuple[str, Loss]]:
@@ -47,8 +54,9 @@ def losses(model: nn.Module, rounded: Round) -> Iterator[tuple[str, Loss]]:
     with torch.no_grad():
         for wrapper in wrappers(model):
             merged, own = wrapper.merged_weight(), base_weight(wrapper)
-            error = _square(rounded(wrapper, merged) - merged)
-            yield wrapper.name, Loss(error, _square(merged - own))
+            held, update = rounded(wrapper, merged), merged - own
+            kept = float(torch.sum((held - own) * update, dtype=torch.float64))
+            yield wrapper.name, Loss(kept, _square(held - merged), _square(update))
 
 
 def base_weight(wrapper: Wrapper) -> torch.Tensor:

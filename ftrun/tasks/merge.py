@@ -6,8 +6,9 @@ written in full precision; the closest to what was evaluated. into=requantised: 
 scheme, as a bitsandbytes checkpoint; the smallest, and the rounding may lose much of the update. compare=true measures
 all three.
 
-What is measured: the share of the update that rounding to the file's precision loses, ‖round(merged) − merged‖² over
-‖merged − base‖² (0: nothing; 1: as much as all of it), in all and of the worst module; then the held-out loss and the
+What is measured, with U = merged − base: the share of the update that rounding to the file's precision loses,
+1 − ⟨round(merged) − base, U⟩ / ‖U‖² (0: nothing; 1: all of it), in all and of the worst module; the noise of rounding,
+‖round(merged) − merged‖² / ‖U‖², most of which lies beside the update; then the held-out loss and the
 logits of the merged model beside those of the run as it was trained, both computing in the run's dtype. Measuring them
 holds the tuned layers twice; measure=false writes with the model and one tensor more.
 
@@ -137,9 +138,11 @@ class Merging:
             self.say(f"not compared: {error}")
             return
         lost = output.losses()
+        total = sum(lost.values(), Loss())
         worst = max(lost, key=lambda name: lost[name].share, default=None)
         found: dict[str, Any] = {
-            "lost": sum(lost.values(), Loss(0.0, 0.0)).share if lost else None,
+            "lost": total.share if lost else None,
+            "noise": total.noise if lost else None,
             "worst": worst and {"module": worst, "lost": lost[worst].share},
             "modules": {name: one.share for name, one in lost.items()},
         }
@@ -197,6 +200,7 @@ def told(report: Mapping[str, Any]) -> list[str]:
         if found["lost"] is not None:
             parts.append(f"rounding loses {_share(found['lost'])} of the update")
             parts.append(f"at most {_share(found['worst']['lost'])}, in {found['worst']['module']}")
+            parts.append(f"its noise is {_share(found['noise'])} of the update's square")
         if found.get("loss") is not None:
             parts.append(f"held-out loss {found['loss']:.4f} ({found['loss_rise']:+.4f})")
             parts.append(f"logits differ by {_share(found['logits'])} of the largest, KL {found['kl']:.2g} nats")
