@@ -209,7 +209,7 @@ def told(report: Mapping[str, Any]) -> list[str]:
 
 
 def _share(value: float) -> str:
-    return f"{100 * value:.2g} %"
+    return f"{100 * value:.2g} %" if abs(value) < 0.1 else f"{100 * value:.0f} %"
 
 
 def _into(job: Job, asked: Options) -> str:
