@@ -40,6 +40,7 @@ def carry_out(job: Job, console: Console, shared: Shared | None = None, watch: W
         return
     cache = cache_dir()
     console.show(job.as_dict())
+    from ftrun.tasks.card import write_card
     from ftrun.tasks.session import Session
 
     session = Session(job, cache, console, shared, watch)
@@ -49,6 +50,7 @@ def carry_out(job: Job, console: Console, shared: Shared | None = None, watch: W
     folder = open_run(out, job.as_dict(), job.resume)
     try:
         session.close(folder, session.train(folder))
+        write_card(folder.path, console.say)
     except BaseException as error:
         told = _told(error, session, folder)
         _leave(session, folder, told)
