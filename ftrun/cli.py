@@ -19,7 +19,13 @@ except KeyboardInterrupt:  # before `main` could answer it
 
 # verb -> its task: a module with `run(job, **options) -> exit code`; its docstring is the verb's help, and a class
 # `Options`, where it has one, says what the verb takes besides the job's keys
-VERBS = {"train": "ftrun.tasks.train", "plan": "ftrun.tasks.plan", "fit": "ftrun.tasks.fit", "data": "ftrun.tasks.data"}
+VERBS = {
+    "train": "ftrun.tasks.train",
+    "plan": "ftrun.tasks.plan",
+    "fit": "ftrun.tasks.fit",
+    "data": "ftrun.tasks.data",
+    "eval": "ftrun.tasks.evaluate",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
