@@ -15,7 +15,11 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 EXTRACTORS = ("number", "json", "regex")
-_NUMBER = re.compile(r"(?<![\w.])[-−]?\s?[$€£]?[-−]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.?\d+)(?:[eE][+-]?\d+)?")
+# a sign is one where nothing that it could be taken from stands before it: 5-7 ends with 7
+_NUMBER = re.compile(
+    r"(?:(?<![\w)\]}.])[-−](?=[$€£]?[.\d]))?[$€£]?(?:(?<=[$€£])[-−])?(?<!\w)"
+    r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)(?:[eE][+-]?\d+)?"
+)
 _ENOUGH = 0.9  # of the references that an extractor must find an answer in to be chosen unasked
 
 
@@ -69,8 +73,10 @@ def first_json(text: str) -> Any:
     for place in (m.start() for m in re.finditer(r"[{\[]", text)):
         try:
             return decoder.raw_decode(text, place)[0]
-        except (ValueError, RecursionError):
+        except ValueError:
             continue
+        except RecursionError:
+            return None
     return None
 
 

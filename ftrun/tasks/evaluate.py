@@ -65,11 +65,11 @@ def run(
 def asked(job: Job, tasks: str | list[str] | None) -> Job:
     """The job with all on that its eval leaves to this verb, and with the verb's tasks. Raises UserError."""
     from ftrun.compose import changed
+    from ftrun.evals.lm_eval import names
     from ftrun.tasks.tuned import replaced
 
     if job.eval.kind == "lm_eval":
-        named = tasks.split(",") if isinstance(tasks, str) else tasks
-        return replaced(job, "eval", tasks=named) if named else job
+        return job if tasks is None else replaced(job, "eval", tasks=names(tasks))
     if tasks is not None:
         raise UserError(f"tasks={tasks}: has no effect with eval={job.eval.choice}; use eval=lm_eval")
     if job.eval.kind == "none":

@@ -97,7 +97,7 @@ class Look:
 def _prefixed(rows: Rows, prefix: tuple[int, ...]) -> Rows:
     """The rows with other virtual tokens in front, or none; a row's first own token is not learnt in either."""
     before = len(rows.prefix_ids)
-    pairs = [(rows.ids(i)[before:], [0, *rows.learn(i)[before + 1 :]]) for i in range(len(rows))]
+    pairs = [(rows.ids(i)[before:].tolist(), [0, *rows.learn(i)[before + 1 :].tolist()]) for i in range(len(rows))]
     return in_memory(pairs, prefix)
 
 
@@ -156,7 +156,7 @@ class Measuring:
         before, found = len(rows.prefix_ids), []
         most = getattr(self.tuned.model, "table_of_positions", None)
         for i in range(len(rows)):
-            one = exact.question(rows.ids(i)[before:], rows.learn(i)[before:], tokenizer)
+            one = exact.question(rows.ids(i)[before:].tolist(), rows.learn(i)[before:].tolist(), tokenizer)
             if one is not None and (most is None or before + len(one.prompt) < most):
                 found.append(one)
             if len(found) == self.options.exact_rows:
