@@ -111,6 +111,8 @@ def report(job: Job, run: Path, scale: float | Sequence[float], say: Say) -> dic
     if not len(tuned.corpus.held_out):
         raise UserError(f"run={run}: its data holds no row out to be measured by; data.held_out_path=FILE names others")
     base = None if tuned.tuner.switchable else open_tuned(run, job, cache, say, tuned=False)
+    if base is not None:
+        found["drifts"] = _drifts(base, "model")
     measuring = Measuring(tuned, base, options)
     found["rows"] = sum(len(batch.rows) for batch in measuring.before.batches)
     if not isinstance(scale, int | float):
@@ -134,13 +136,7 @@ def _drop(measuring: Measuring, job: Job, factor: float) -> dict[str, Any] | Non
 
 def _facts(tuned: Tuned, job: Job) -> dict[str, Any]:
     """Which run this is, on which base, and in what that base differs from the one it was trained on."""
-    from ftrun.models import provenance
-
-    folder = next((tuned.run / name for name in ("adapter", "model") if (tuned.run / name).is_dir()), tuned.run)
-    recorded, base, scheme = read_json(folder / provenance.FILE), tuned.parts.base, tuned.parts.quantiser.scheme()
-    drifts: list[str] = []
-    if recorded is not None and folder.name == "adapter":
-        drifts = [str(one) for one in provenance.drifts(recorded, provenance.record(base, scheme))]
+    base, scheme = tuned.parts.base, tuned.parts.quantiser.scheme()
     result = read_json(tuned.run / "result.json") or {}
     return {
         "run": str(tuned.run),
@@ -148,8 +144,19 @@ def _facts(tuned: Tuned, job: Job) -> dict[str, Any]:
         "base": {**(result.get("base") or base.describe()), "quantisation": scheme},
         "seed": job.seed,
         "eval": dataclasses.asdict(job.eval.options),
-        "drifts": drifts,
+        "drifts": _drifts(tuned, "adapter"),
     }
+
+
+def _drifts(opened: Tuned, name: str) -> list[str]:
+    """In what the base of an opened run differs from the one on record beside what was trained on it."""
+    from ftrun.models import provenance
+
+    recorded = read_json(opened.run / name / provenance.FILE)
+    if recorded is None:
+        return []
+    now = provenance.record(opened.parts.base, opened.parts.quantiser.scheme())
+    return [str(one) for one in provenance.drifts(recorded, now)]
 
 
 def keep(found: dict[str, Any], files: Sequence[Path]) -> None:

@@ -250,3 +250,20 @@ def test_the_table_names_what_was_measured(runs: Path, capsys: pytest.CaptureFix
     for words in ("held-out loss", "perplexity", "exact match (regex, 3 rows)", "base, quantised", "effective rank"):
         assert words in said
     assert json.loads((runs / "qlora/eval.json").read_text())["exact"]["pattern"] == r"(\w+) \d+"
+
+
+def test_a_drift_that_is_allowed_is_on_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for method in ("lora", "full"):
+        job = tiny_job(tmp_path, f"method={method}", "steps=1", *SMALL, f"out={tmp_path / method}")
+        assert task.run(job) == 0
+    file = tmp_path / "llama/model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    for method in ("lora", "full"):
+        assert main(["eval", f"run={tmp_path / method}"]) == 2
+        assert "allow_drift=true" in capsys.readouterr().err
+        found = evaluated(capsys, tmp_path / method, "allow_drift=true", "eval.exact=none")
+        assert "model.norm.weight" in found["drifts"][0]
