@@ -59,6 +59,25 @@ def carry_out(job: Job, console: Console, shared: Shared | None = None, watch: W
         raise told from error
     finally:
         folder.release()
+    del session
+    _evaluate(job, out, console)
+
+
+def _evaluate(job: Job, out: Path, console: Console) -> None:
+    """What the job's eval asks for of the run once it is finished, which no fault of an evaluation changes."""
+    from ftrun.report.eval_text import render
+    from ftrun.tasks.evaluate import at_end
+
+    try:
+        found = at_end(job, out, console.say)
+    except (UserError, RunFailed, RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
+        why = str(error).splitlines()[0][:300]
+        console.say(f"warning: eval: the run is finished, but not measured to its end: {why}. ftrun eval run={out} is")
+        return
+    if found is not None:
+        console.draw(lambda terminal: render(found, terminal))
 
 
 def default_name(job: Job) -> str:
