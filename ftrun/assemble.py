@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import functools
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,6 @@ from ftrun import early
 from ftrun.beside import sweep
 from ftrun.data import batches as batching
 from ftrun.data.load import Corpus, load
-from ftrun.data.prefetch import prefetch
-from ftrun.data.rows import Rows
 from ftrun.data.template import adopt as adopt_template
 from ftrun.errors import UserError
 from ftrun.job import Job
@@ -44,6 +41,9 @@ from ftrun.models.warm import Shelf
 from ftrun.optim.gather import buckets, gather
 from ftrun.optim.schedule import rate
 from ftrun.runs import read_json
+from ftrun.steps import (
+    first_groups,
+)
 from ftrun.train.kept import KeptRows, Store
 from ftrun.train.loop import Work
 from ftrun.train.parallel import Alone, Replicated, Sharded, mesh_of
@@ -227,47 +227,6 @@ def stack_name(parts: Sketch) -> str:
     return parts.anatomy.blocks[0].name.rpartition(".")[0]
 
 
-def steps_of(job: Job, corpus: Corpus) -> int:
-    """The optimiser steps of the whole run."""
-    if job.steps is not None:
-        return job.steps
-    return max(1, batching.steps_in(job.epochs or 1.0, len(corpus.train), job.batch))
-
-
-def micro_rows(job: Job, corpus: Corpus, micro_batch: int, step: int, rank: int = 0) -> list[list[int]]:
-    """The rows of each micro-batch of a step that a rank takes: a function of the job and the step's number alone.
-
-    Each rank has as many; where rows run out, the last are empty.
-    """
-    chosen = batching.step_rows(len(corpus.train), job.batch, step, job.seed, by_epoch=job.steps is None)
-    return batching.micro(chosen, micro_batch, rank, job.devices, lengths=corpus.train.lengths)
-
-
-def step_batches(job: Job, corpus: Corpus, micro_batch: int, pad_id: int, step: int, rank: int = 0) -> list[Batch]:
-    """The micro-batches of one optimiser step that a rank takes, a stand-in for each that has no rows."""
-    return [
-        collated(job, corpus.train, part, pad_id) if part else stand_in(job, corpus.train, pad_id)
-        for part in micro_rows(job, corpus, micro_batch, step, rank)
-    ]
-
-
-def collated(job: Job, rows: Rows, part: Sequence[int], pad_id: int) -> Batch:
-    """Rows as the job's kernels take them."""
-    return batching.collate(rows, part, packed=job.kernels == "fast", pad_id=pad_id)
-
-
-def stand_in(job: Job, rows: Rows, pad_id: int) -> Batch:
-    """A batch for a rank that has no rows left: the shortest row, which counts for nothing."""
-    made = collated(job, rows, [int(rows.lengths.argmin())], pad_id)
-    return dataclasses.replace(made, tokens=0, supervised=0, rows=())
-
-
-def first_groups(job: Job, corpus: Corpus, micro_batch: int) -> list[list[int]]:
-    """The micro-batches in which an epoch of whole batches first meets each row: each row is in one of them."""
-    whole, steps = dataclasses.replace(job, steps=None), batching.steps_in(1, len(corpus.train), job.batch)
-    return [part for step in range(steps) for part in micro_rows(whole, corpus, micro_batch, step) if part]
-
-
 def kept_rows(
     job: Job, parts: Sketch, corpus: Corpus, micro_batch: int, pad_id: int, store: Store, to: Work, say: Say
 ) -> KeptRows:
@@ -388,28 +347,6 @@ def counts(parts: Sketch) -> tuple[int, int]:
             trained += parameter.numel() if parameter.requires_grad else 0
     stored = sum(math.prod(m.shape) for m in parts.model.modules() if hasattr(m, "parts"))
     return sum(seen.values()) + stored, trained
-
-
-def prefetched(make: Callable[[int], list[Batch]], start: int, stop: int) -> Iterator[list[Batch]]:
-    """The steps' micro-batches from `start` on, made ahead in a thread."""
-    return prefetch(make(step) for step in range(start, stop))
-
-
-def evaluation_batches(
-    job: Job,
-    corpus: Corpus,
-    limit: int | None,
-    micro_batch: int,
-    pad_id: int,
-    ranks: Ranks = Ranks(),  # noqa: B008
-) -> Sequence[Batch]:
-    """The held-out rows as batches of `micro_batch` rows, in order; of several ranks each has as many, stand-ins
-    among them."""
-    indices = list(range(min(len(corpus.held_out), limit or len(corpus.held_out))))
-    pieces = [indices[i : i + micro_batch] for i in range(0, len(indices), micro_batch)]
-    missing = -len(pieces) % ranks.world
-    made = [collated(job, corpus.held_out, p, pad_id) for p in pieces[ranks.rank :: ranks.world]]
-    return made + ([stand_in(job, corpus.held_out, pad_id)] if ranks.rank >= ranks.world - missing else [])
 
 
 def torch_device(device: Device) -> torch.device:

@@ -13,7 +13,7 @@ from ftrun.errors import UserError
 from ftrun.job import GROUPS
 
 # keys whose value is one piece of text, whatever it holds
-_TEXT = re.compile(r"prompt|run|out|job|repo|name|(\w+\.)+(prompt|text|template|system|from|revision|name)")
+_TEXT = re.compile(r"prompt|run|out|job|repo|name|(\w+\.)+(prompt|text|template|system|from|revision|name|pattern)")
 # keys that name a file or a folder: text, or a list of them
 _PATH = re.compile(r"(\w+\.)+(path|\w+_path)")
 # patterns on module names, text too

@@ -78,5 +78,6 @@ def test_help_on_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_docstring_of_a_task_is_its_help() -> None:
     for verb in cli.VERBS:
         path = cli.task_file(verb)
-        assert path == Path(cli.__file__).parent / "tasks" / f"{verb}.py"
+        # `eval` is a function of Python's: its file has another name
+        assert path == Path(cli.__file__).parent / "tasks" / f"{'evaluate' if verb == 'eval' else verb}.py"
         assert path.is_file()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from ftrun.errors import UserError
@@ -31,12 +33,43 @@ class Options:
     max_new_tokens: int = option(48, "tokens of that answer at most; 0: no answer", ge=0)
     retention: int = option(16, "rows that the untuned base writes, to measure what tuning broke; 0: none", ge=0)
     retention_tokens: int = option(64, "tokens of such a row at most", ge=1)
+    retention_path: str | None = option(None, "a text file, to measure what tuning broke of it as well")
     latency: int = option(0, "tokens generated to time the base, the tuned and the merged model; 0: not timed", ge=0)
+    agreement: bool | None = option(None, "next-token agreement and KL against the base; null: in ftrun eval alone")
+    exact: str | None = option(
+        None,
+        "exact match of generated answers by their last number, JSON or a pattern; auto: which of the first two fits; "
+        "null: auto in ftrun eval alone",
+        choices=("none", "auto", "number", "json", "regex"),
+    )
+    pattern: str | None = option(None, "of exact=regex: what is the answer, in its first group or as a whole")
+    exact_rows: int = option(32, "held-out rows that are answered at most", ge=1)
+    exact_tokens: int = option(256, "tokens of such an answer at most", ge=1)
+    drop: bool | None = option(None, "what quantisation costs base and tuned model; null: in ftrun eval alone")
 
     def __post_init__(self) -> None:
         for name in ("keep_best", "patience"):
             if getattr(self, name) and self.every is None:
                 raise UserError(f"eval.{name}={getattr(self, name)}: needs eval.every=STEPS, or it never comes to act")
+        _check_pattern(self.exact, self.pattern)
+
+    def check(self) -> None:
+        """UserError where the held-out text cannot be read."""
+        if self.retention_path is not None and not Path(self.retention_path).expanduser().is_file():
+            raise UserError(f"eval.retention_path={self.retention_path}: no such file; expected a text file")
+
+
+def _check_pattern(exact: str | None, pattern: str | None) -> None:
+    if exact == "regex" and not pattern:
+        raise UserError("eval.exact=regex: needs eval.pattern=REGEX; its first group, or all of it, is the answer")
+    if pattern is not None and exact != "regex":
+        raise UserError(
+            f"eval.pattern={pattern}: has no effect with eval.exact={exact or 'null'}; use eval.exact=regex"
+        )
+    try:
+        re.compile(pattern or "")
+    except re.error as error:
+        raise UserError(f"eval.pattern={pattern}: is no regular expression: {error}") from error
 
 
 def evaluate(

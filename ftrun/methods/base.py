@@ -83,6 +83,10 @@ class Wrapper(nn.Module):
         """The one matrix that does what base and method do: (out, in), float32; an embedding's is (tokens, width)."""
         raise NotImplementedError
 
+    def merged_bias(self) -> torch.Tensor | None:
+        """The bias that goes with `merged_weight`."""
+        return self.bias
+
     def merged(self) -> nn.Module:
         """The plain layer with the merged weight in the base's dtype; the base itself is left as it is."""
         return with_weight(self.base, self.merged_weight())
@@ -176,9 +180,19 @@ class Tuner(Generic[O]):
         return {name: t.write(t.parameter.detach()) for name, t in self.named(model).items()}
 
     def load_state(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Copies saved values in. UserError names the first tensor that has no place, is missing or misshapen."""
+        """Copies saved values in. Raises UserError as `fitting` does."""
         for wrapper in wrappers(model):
             wrapper.prepare()
+        tensors = self.fitting(model, tensors)
+        with torch.no_grad():
+            for name, trained in self.named(model).items():
+                trained.parameter.copy_(trained.read(tensors[name]))
+
+    def fitting(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """A file's tensors by the names that `state` gives. The model may be on meta: no value is looked at.
+
+        UserError names the first tensor that has no place, is missing or misshapen.
+        """
         named = self.named(model)
         tensors = self.readable(model, tensors)
         match_names(tensors, named)
@@ -189,8 +203,7 @@ class Tuner(Generic[O]):
                     f"adapter: {name} has the shape {tuple(found.shape)}, expected {tuple(expected)}: "
                     "it was trained with other options (rank, targets) or on another base"
                 )
-            with torch.no_grad():
-                trained.parameter.copy_(trained.read(found))
+        return tensors
 
     def check(self, config: Mapping[str, Any]) -> None:
         """UserError where a file's adapter_config.json means another function than these options do: its scale, say."""
@@ -216,12 +229,16 @@ class Tuner(Generic[O]):
         """How much of its rank each tuned module's update uses, by the module's name; None where no update has one."""
         return None
 
-    def merge(self, model: nn.Module) -> None:
-        """Puts plain merged layers in place, under the bare model's names; the wrappers wait for `unmerge`."""
+    def merge(self, model: nn.Module, made: Callable[[Wrapper], nn.Module] | None = None) -> None:
+        """Puts merged layers in place, under the bare model's names; the wrappers wait for `unmerge`.
+
+        made: the layer for a wrapper, where it is not the plain one in the base's dtype. Raises UserError where the
+        method does not merge.
+        """
         if not self.merges:
             raise UserError(f"method={self.kind}: cannot be merged: {self.why_not}")
         for wrapper in list(wrappers(model)):
-            swap(model, wrapper.name, wrapper.merged())
+            swap(model, wrapper.name, made(wrapper) if made else wrapper.merged())
             self._aside[wrapper.name] = wrapper
         self._tied = _retie(model, None)
 

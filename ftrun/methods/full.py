@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,7 +104,7 @@ class Tuner(base.Tuner[Options]):
     def adapter_config(self, anatomy: Anatomy, base_name: str) -> dict[str, Any]:
         return {}
 
-    def merge(self, model: nn.Module) -> None:
+    def merge(self, model: nn.Module, made: Callable[[base.Wrapper], nn.Module] | None = None) -> None:
         """Nothing to do: the model is the result."""
 
     def unmerge(self, model: nn.Module) -> None:

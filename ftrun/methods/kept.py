@@ -64,6 +64,9 @@ class Kept(Wrapper):
     def merged_weight(self) -> torch.Tensor:
         return self.kept.detach().float()
 
+    def merged_bias(self) -> torch.Tensor | None:
+        return self.kept_bias
+
     def merged(self) -> nn.Module:
         clone = with_weight(self.base, self.merged_weight())
         # tied before, tied after: the second of a pair takes the tensor that the first has made

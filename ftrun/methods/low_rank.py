@@ -101,7 +101,9 @@ class LowRank(base.Tuner[L]):
             weight = own.get(name)
             if weight is None:
                 kept[name] = tensor
-            elif weight.shape != tensor.shape or not torch.equal(weight.cpu(), tensor.to(weight.dtype)):
+            elif weight.shape != tensor.shape or not (
+                weight.is_meta or torch.equal(weight.cpu(), tensor.to(weight.dtype))
+            ):
                 raise UserError(
                     f"adapter: its {name} {tuple(tensor.shape)} is not this base's {tuple(weight.shape)}: it was "
                     "trained on another base, or with tokens added to the vocabulary"

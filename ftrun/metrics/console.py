@@ -7,6 +7,7 @@ import os
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -65,6 +66,11 @@ class Console:
         if not self._shown:
             self.show(job)
         self._log.flush()
+
+    def draw(self, render: Callable[[Terminal], None]) -> None:
+        """A table of others', once the run has ended."""
+        width = None if self._terminal.is_terminal else 120
+        render(Terminal(file=self._file, width=width, highlight=False))
 
     def step(self, record: StepRecord) -> None:
         self._losses.append(record.loss)

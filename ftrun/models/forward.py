@@ -13,7 +13,7 @@ from torch import nn
 from ftrun.kernels.attention import packed_attention
 from ftrun.kernels.loss import CHUNK, Shape, chunked_loss, full_loss
 from ftrun.models.packing import Attended, refusal
-from ftrun.values import Batch
+from ftrun.values import IGNORE, Batch
 
 PACKED = "ftrun_packed"  # the name under which transformers finds our attention
 TRIAL = "ftrun_trial"  # notes what a family's code hands to attention (ftrun/models/fuse.py)
@@ -137,6 +137,16 @@ class TokenLoss:
         head = self.model.get_output_embeddings()
         targets = batch.targets.flatten()[batch.learnt]
         return chunked_loss(hidden, targets, head, _frozen(head, hidden.dtype), self.shape, self.chunk)
+
+    def supervised(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the head reads to tell the learnt tokens, (N, D), in order, and these tokens, (N,) int64."""
+        targets = batch.targets.flatten()
+        places = (targets != IGNORE).nonzero().squeeze(-1)
+        return self.hidden(batch).flatten(0, 1)[places], targets[places]
+
+    def told(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """The head's logits of such states, scaled and capped as the model's own are: (N, V) float32."""
+        return self.shape(self.model.get_output_embeddings()(hidden_ND).float())
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """(rows, width, D): what the head reads."""

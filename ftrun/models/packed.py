@@ -20,6 +20,7 @@ from ftrun.models.quant.base import Quantiser
 from ftrun.models.quant.four_bit import FourBit
 
 _STATE = ".quant_state.bitsandbytes__"
+_STATE_BYTES = 512  # of that object, filled up with spaces: its length must not depend on a number in it
 _PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 Read = Callable[[str], torch.Tensor]
 
@@ -63,6 +64,35 @@ class PackedWeight:
     def _same_map(self, found: torch.Tensor, known: torch.Tensor) -> None:
         if not torch.equal(found.float(), known):
             raise UserError(f"{self.key}: it was quantised with another map of code points than bitsandbytes' own")
+
+
+def packed_layout(key: str, storage: FourBit, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """What `as_packed` gives for a weight of `shape`: name -> (shape, dtype)."""
+    found = {_named(key, name): facts for name, facts in storage.layout(shape).items() if name != "offset"}
+    found[f"{key}.quant_map"] = ((16,), torch.float32)
+    if storage.double_quant:
+        found[f"{key}.nested_quant_map"] = ((256,), torch.float32)
+    return found | {f"{key}{_STATE}{storage.kind}": ((_STATE_BYTES,), torch.uint8)}
+
+
+def as_packed(
+    key: str, storage: FourBit, stored: dict[str, torch.Tensor], shape: tuple[int, ...], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """A stored weight as bitsandbytes files it. key: the weight's name. dtype: what it is dequantised to."""
+    facts: dict[str, Any] = {"quant_type": storage.kind, "blocksize": storage.block_size, "shape": list(shape)}
+    facts["dtype"] = str(dtype).removeprefix("torch.")
+    found = {_named(key, name): tensor for name, tensor in stored.items() if name != "offset"}
+    found[f"{key}.quant_map"] = torch.tensor(blockwise.CODES[storage.kind])
+    if storage.double_quant:
+        facts |= {"nested_blocksize": blockwise.NESTED_BLOCK, "nested_dtype": "float32"}
+        facts["nested_offset"] = float(stored["offset"])
+        found[f"{key}.nested_quant_map"] = blockwise.dynamic_map(torch.device("cpu"))
+    text = json.dumps(facts).encode().ljust(_STATE_BYTES)
+    return found | {f"{key}{_STATE}{storage.kind}": torch.tensor(list(text), dtype=torch.uint8)}
+
+
+def _named(key: str, name: str) -> str:
+    return key if name == "packed" else f"{key}.{name}"
 
 
 def packed_weights(keys: Iterable[str]) -> tuple[dict[str, PackedWeight], set[str]]:

@@ -13,6 +13,7 @@ import struct
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -79,9 +80,10 @@ class TensorFile:
 class Writer:
     """A safetensors file that is filled tensor by tensor. `sums` holds the CRC-32 of each tensor written."""
 
-    def __init__(self, path: Path, layout: Layout) -> None:
+    def __init__(self, path: Path, layout: Layout, metadata: Mapping[str, str] | None = None) -> None:
         self.sums: dict[str, int] = {}
-        self._offsets, header, at = {}, {}, 0
+        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        self._offsets, at = {}, 0
         # safetensors wants each tensor at a multiple of its item's size: largest items first
         for name in sorted(layout, key=lambda n: (-layout[n][1].itemsize, n)):
             shape, dtype = layout[name]

@@ -5,28 +5,18 @@ fast it generates. Training itself does not notice: it takes the same steps, bit
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import hashlib
-import json
-import math
-import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ftrun import assemble
-from ftrun.data.rows import in_memory
-from ftrun.errors import RunFailed, UserError
 from ftrun.evals import latency, retention
-from ftrun.evals.answer import ends, prompt_ids, room_for
-from ftrun.evals.held_out import evaluate
+from ftrun.evals.answer import prompt_ids, room_for
 from ftrun.memory.device import SHARE, resolve
 from ftrun.models.forward import attention
-from ftrun.runs import read_json, write_json
+from ftrun.tasks.base_text import Subject, base_text
 from ftrun.tasks.train import is_out_of_memory
-from ftrun.values import EvalRecord
 
 if TYPE_CHECKING:
     from ftrun.tasks.session import Session
@@ -46,7 +36,7 @@ class Judge:
         options = self.session.options
         if options.evaluates and options.retention:
             with self._sparing("retention"):
-                self.text = self._base_text()
+                self.text = base_text(self._subject(), options.retention, options.retention_tokens)
         if options.evaluates and options.latency and not self.session.parts.tuner.switchable:
             with self._sparing("latency"):
                 self.base_ms = self._changing_base_ms()
@@ -54,113 +44,31 @@ class Judge:
     def after(self) -> None:
         """On the final weights, once they are handed over: a merged model drops the optimiser's state."""
         options = self.session.options
-        self.figures["effective_rank"] = self._effective_rank()
+        self.figures["effective_rank"] = effective_rank(self.session.parts)
         if self.text is not None:
             with self._sparing("retention"):
-                found = self._scored(self.text.ids, self.session.corpus.train.prefix_ids)
+                found = self._subject().scored(self.text.ids, self.session.corpus.train.prefix_ids)
                 self.figures["retention"] = retention.figures(self.text, found.loss)
         if options.evaluates and options.latency:
             with self._sparing("latency"):
                 self.figures["latency"] = self._latency()
 
-    # --- retention ---
-
-    def _base_text(self) -> retention.Text | None:
-        """From the cache, or written now by the base; None, said aloud, where that cannot be."""
-        s, tuner, vocabulary = self.session, self.session.parts.tuner, self.session.parts.base.rows
-        start = retention.start_of(s.parts.base.tokenizer(), vocabulary)
-        # after training the virtual tokens stand in front of the rows
-        tokens = room_for(s.work.model, tuner.prefix + 1, s.options.retention_tokens)
-        if start is None or not tokens:
-            why = "the tokenizer has neither bos nor eos" if start is None else "the model has no position for it"
-            s.console.say(f"retention: not measured: there is no text to begin: {why}")
-            return None
-        path = self._kept_at(start, tokens)
-        found = _read(path, vocabulary)
-        if found is None and s.progress.step and not tuner.switchable:
-            s.console.say(
-                f"retention: not measured: after step {s.progress.step} of method={s.job.method.choice} the base "
-                "cannot be had back, and its own text is not in the cache"
-            )
-            return None
-        began = time.perf_counter()
-        text = self._as_here(self._written(path, start, tokens) if found is None else found)
-        how = f"{time.perf_counter() - began:.1f} s" if found is None else "from the cache"
-        rows = f"{len(text.ids)} rows of {text.tokens:,} tokens"
-        s.console.say(f"retention: the base wrote {rows}, its loss on them {text.loss:.4f} ({how})")
-        return text
-
-    def _as_here(self, text: retention.Text) -> retention.Text:
-        """The text with its loss as this run's model gives it while it is still the base: beside an adapter that does
-        nothing yet, 16-bit sums are rounded otherwise than without one, which is no rise.
-        """
-        if self.session.progress.step or getattr(self.session.parts.tuner.options, "from_", None):
-            return text
-        return dataclasses.replace(text, loss=self._scored(text.ids, ()).loss)
-
-    def _written(self, path: Path, start: int, tokens: int) -> retention.Text:
+    def _subject(self) -> Subject:
         s = self.session
-        with self._base():
-            self._check([[start, start]])
-            with attention(s.work.model, "sdpa"), s.work.autocast():
-                tokenizer = s.parts.base.tokenizer()
-                ids = s.work.parallel.run(
-                    retention.write, s.work.model, tokenizer, start, s.options.retention, tokens, s.job.seed
-                )
-            found = self._check(ids)
-        text = retention.Text(ids, found.loss, found.tokens)
-        try:
-            write_json(path, dataclasses.asdict(text))
-        except OSError as error:
-            s.console.say(f"warning: the base's own text is not kept in {path.parent}: {error.strerror or error}")
-        return text
-
-    def _check(self, ids: list[list[int]]) -> EvalRecord:
-        """The base's loss on rows. Raises RunFailed where it is no number: nothing could be sampled."""
-        found = self._scored(ids, ())
-        if not math.isfinite(found.loss):
-            cause = "the base's own weights give no number: are they damaged?"
-            raise RunFailed(f"retention at step {found.step}: loss {found.loss}: not finite; {cause}")
-        return found
-
-    def _scored(self, ids: list[list[int]], prefix: Sequence[int]) -> EvalRecord:
-        """The loss on rows, all but their first token, by the run's own loss and in micro-batches of its own size."""
-        s = self.session
-        rows = in_memory([(row, [0] + [1] * (len(row) - 1)) for row in ids], tuple(prefix))
-        corpus = dataclasses.replace(s.corpus, held_out=rows)
-        batches = assemble.evaluation_batches(s.job, corpus, None, s.settled.micro_batch, s.pad_id)
-        return evaluate(s.work.model, s._loss, batches, s.progress.step)
-
-    def _kept_at(self, start: int, tokens: int) -> Path:
-        """Where the base's own text is kept: by all that it depends on, the method not among it."""
-        s, job, base = self.session, self.session.job, self.session.parts.base
-        facts = [base.hash(), s.parts.quantiser.scheme(), job.model.options.dtype, job.kernels, s.device.type]
-        facts += [job.model.options.new_tokens, start, ends(s.work.model, base.tokenizer())]
-        facts += [s.options.retention, tokens, job.seed, torch.__version__]
-        digest = hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
-        return s.cache / "retention" / f"{digest[:32]}.json"
-
-    def _base(self) -> contextlib.AbstractContextManager[None]:
-        """The base alone; of a method that changes the base itself, the model as it is, before its first step."""
-        tuner = self.session.parts.tuner
-        return tuner.disabled(self.session.work.model) if tuner.switchable else contextlib.nullcontext()
-
-    # --- effective rank ---
-
-    def _effective_rank(self) -> dict[str, Any] | None:
-        """None of a method without a rank. rank: the job's; by method.rank_pattern a module may have another."""
-        tuner = self.session.parts.tuner
-        found = tuner.effective_ranks(self.session.work.model)
-        if not found:
-            return None
-        ranks = list(found.values())
-        return {
-            "mean": sum(ranks) / len(ranks),
-            "lowest": min(ranks),
-            "highest": max(ranks),
-            "rank": tuner.options.rank,
-            "by_module": {name: round(value, 4) for name, value in found.items()},
-        }
+        return Subject(
+            job=s.job,
+            parts=s.parts,
+            corpus=s.corpus,
+            loss=s._loss,
+            run=s.work.parallel.run,
+            autocast=s.work.autocast,
+            micro_batch=s.settled.micro_batch,
+            pad_id=s.pad_id,
+            device=s.device.type,
+            cache=s.cache,
+            say=s.console.say,
+            step=s.progress.step,
+        )
 
     # --- latency ---
 
@@ -171,6 +79,9 @@ class Judge:
         dtype that it trains in. Virtual tokens stand before the tuned model's prompt. Null: not to be had.
         """
         s, tuner = self.session, self.session.parts.tuner
+        if not s.ranks.alone and s.settled.strategy == "fsdp":
+            s.console.say("latency: not measured: each rank holds a part of the weights, and gathers them for each token")
+            return None
         if (asked := self._asked()) is None:
             why = "give eval.prompt, there is no held-out row to take one from, or it fills the model's positions"
             s.console.say(f"latency: not measured: no prompt that can be answered: {why}")
@@ -242,9 +153,16 @@ class Judge:
             self.session.console.say(f"{what}: not measured: out of memory: {str(error).splitlines()[0][:200]}")
 
 
-def _read(path: Path, vocabulary: int) -> retention.Text | None:
-    """The text that is kept; None where there is none, or a damaged one, which is written again."""
-    try:
-        return retention.Text.read(read_json(path), vocabulary)
-    except UserError:
+def effective_rank(parts: assemble.Sketch) -> dict[str, Any] | None:
+    """None of a method without a rank. rank: the job's; by method.rank_pattern a module may have another."""
+    found = parts.tuner.effective_ranks(parts.model)
+    if not found:
         return None
+    ranks = list(found.values())
+    return {
+        "mean": sum(ranks) / len(ranks),
+        "lowest": min(ranks),
+        "highest": max(ranks),
+        "rank": parts.tuner.options.rank,
+        "by_module": {name: round(value, 4) for name, value in found.items()},
+    }

@@ -128,7 +128,8 @@ class Keeper:
                     save_adapter(beside, config, parts.tuner.state(parts.model))
                 else:
                     self._save_model(beside, whole or {})
-                write_json(beside / "provenance.json", {**provenance, "data": self.belongs["data"]})
+                files = {path.name: _sha256(path) for path in sorted(beside.glob("*.safetensors"))}
+                write_json(beside / "provenance.json", {**provenance, "data": self.belongs["data"], "files": files})
         except (OSError, SafetensorError) as error:
             saved = self.run.checkpoints.exists() and any(self.run.checkpoints.glob("step-*"))
             kept = f"; the trained weights are in {self.run.checkpoints}, the same command tries again" if saved else ""
@@ -147,6 +148,11 @@ class Keeper:
                 logging.enable_progress_bar()
         assemble.saved_config(self.parts).save_pretrained(folder)
         self.parts.base.tokenizer().save_pretrained(folder)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fingerprint(corpus: Corpus) -> str:

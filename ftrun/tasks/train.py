@@ -38,21 +38,26 @@ def carry_out(job: Job, console: Console, shared: Shared | None = None, watch: W
     _check_base(job)
     there = check_run(out, job.as_dict(), job.resume)
     if there is not None and finished(out, there, job):
-        return None
+        return
     cache = cache_dir()
     if job.devices == 1:
         console.show(job.as_dict())
+    from ftrun.tasks.card import write_card
     from ftrun.tasks.session import Session
 
     if job.devices > 1:
-        return on_ranks(job, out, console)
+        on_ranks(job, out)
+        write_card(out, console.say)
+        _evaluate(job, out, console)
+        return
     session = Session(job, cache, console, shared, watch)
     session.prepare(out)
     if there is not None and finished(out, there, job, session.total):
-        return None
+        return
     folder = open_run(out, job.as_dict(), job.resume)
     try:
         session.close(folder, session.train(folder))
+        write_card(folder.path, console.say)
     except BaseException as error:
         told = in_terms(error, session, folder)
         leave_result(session, folder, told)
@@ -61,9 +66,28 @@ def carry_out(job: Job, console: Console, shared: Shared | None = None, watch: W
         raise told from error
     finally:
         folder.release()
+    del session
+    _evaluate(job, out, console)
 
 
-def on_ranks(job: Job, out: Path, console: Console) -> None:
+def _evaluate(job: Job, out: Path, console: Console) -> None:
+    """What the job's eval asks for of the run once it is finished, which no fault of an evaluation changes."""
+    from ftrun.report.eval_text import render
+    from ftrun.tasks.evaluate import at_end
+
+    try:
+        found = at_end(job, out, console.say)
+    except (UserError, RunFailed, RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
+        why = str(error).splitlines()[0][:300]
+        console.say(f"warning: eval: the run is finished, but not measured to its end: {why}. ftrun eval run={out} is")
+        return
+    if found is not None:
+        console.draw(lambda terminal: render(found, terminal))
+
+
+def on_ranks(job: Job, out: Path) -> None:
     """The job in as many processes as it has devices, each of which reads the run folder's job.yaml.
 
     This process holds the folder, starts them, and ends as the first of them that failed.

@@ -53,6 +53,11 @@ class Tuned:
         asked = self.job.micro_batch
         return asked if isinstance(asked, int) else min(self.job.batch, 8)
 
+    def let_go(self) -> None:
+        """Frees the model's memory; only the rows can be asked for after that."""
+        self.__dict__.pop("token_loss", None)
+        self.model = self.parts.model = None
+
     @contextlib.contextmanager
     def base(self) -> Iterator[None]:
         """The base alone, for a while. Raises UserError where the method changed it (method=full)."""

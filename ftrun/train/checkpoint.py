@@ -120,7 +120,14 @@ def _digest(path: Path) -> str:
 
 
 def _packed(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
+    """On the CPU, each with memory of its own: a tied weight with two names is written twice, as an adapter has it."""
+    made: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().contiguous().cpu()
+        made[name] = own.clone() if own.data_ptr() in seen else own
+        seen.add(own.data_ptr())
+    return made
 
 
 def random_state() -> dict[str, torch.Tensor]:
