@@ -41,7 +41,7 @@ from ftrun.models.warm import Shelf
 from ftrun.optim.gather import buckets, gather
 from ftrun.optim.schedule import rate
 from ftrun.runs import read_json
-from ftrun.steps import (
+from ftrun.stepping import (
     first_groups,
 )
 from ftrun.train.kept import KeptRows, Store

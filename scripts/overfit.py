@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ftrun import assemble
+from ftrun import assemble, stepping
 from ftrun.compose import compose
 from ftrun.runs import cache_dir
 from ftrun.train.loop import Progress, train
@@ -37,7 +37,7 @@ def losses(method: str, steps: int) -> Iterator[float]:
     assert len(corpus.train) >= 32, len(corpus.train)
     assemble.furnish(job, parts, torch.device("cpu"), cache, print, recomputed=0)
     work = assemble.work(job, parts, torch.device("cpu"), steps)
-    rows = [assemble.batching.collate(corpus.train, list(range(32)), packed=True, pad_id=0)]
+    rows = [stepping.batching.collate(corpus.train, list(range(32)), packed=True, pad_id=0)]
     work.batches = lambda start: iter([rows] * (steps - start))
     for record in train(work, Progress()):
         yield record.loss  # type: ignore[union-attr]

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ftrun import assemble
+from ftrun import assemble, stepping
 from ftrun.compose import compose
 from ftrun.runs import cache_dir
 from ftrun.train.kept import InMemory, KeptLoss, OnDisk, Store
@@ -66,7 +66,7 @@ def _made(overrides: list[str], steps: int, store: Store | None) -> tuple[Work, 
     work.model.train()
     if store is not None:
         work.loss = KeptLoss(work.loss, assemble.kept_rows(job, parts, corpus, 16, 0, store, work, print))
-    return work, [assemble.step_batches(job, corpus, 16, 0, step)[0] for step in range(steps)]
+    return work, [stepping.step_batches(job, corpus, 16, 0, step)[0] for step in range(steps)]
 
 
 def _timed(work: Work, batches: list[Batch]) -> tuple[float, float, list[float]]:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from ftrun import assemble
+from ftrun import assemble, stepping
 from ftrun.compose import compose
 from ftrun.memory.events import allocations, resident_bytes
 from ftrun.memory.host import keep_pages
@@ -44,7 +44,7 @@ class Ready:
         common = ("method=lora", "rank=16", "checkpointing=none", "eval=none", f"batch={rows}", f"micro_batch={rows}")
         job = compose([*common, f"seq_len={length}", "optim.warmup=0", *overrides])
         self.parts = assemble.sketch(job, cache_dir(), print, whole=True)
-        self.batch: Batch = assemble.batching.filled(rows, length, packed=True)
+        self.batch: Batch = stepping.batching.filled(rows, length, packed=True)
         self.planned = Twin(job, self.parts).step([self.batch], 0).peak.peak
         assemble.furnish(job, self.parts, torch.device("cpu"), cache_dir(), lambda text: None, recomputed=0)
         self.work: Work = assemble.work(job, self.parts, torch.device("cpu"), total=100)

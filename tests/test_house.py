@@ -20,7 +20,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
     **dict.fromkeys(("cli", "help", "completion", "hydra_flags", "__main__"), 4),
     **dict.fromkeys(("tasks", "studies"), 3),
-    **dict.fromkeys(("assemble", "planning", "train"), 2),
+    **dict.fromkeys(("assemble", "stepping", "planning", "train"), 2),
     **dict.fromkeys(("models", "methods", "memory", "data", "optim", "metrics", "evals", "report"), 1),
     **dict.fromkeys(("errors", "schema", "values", "selection", "job", "shell", "groups", "replay", "compose"), 0),
     **dict.fromkeys(("runs", "lock", "early", "beside", "dialogue", "kernels", "__init__"), 0),

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ftrun import assemble
+from ftrun import assemble, stepping
 from ftrun.data.load import Corpus
 from ftrun.job import Job
 from ftrun.memory.device import Device
@@ -171,7 +171,7 @@ def supply_at_hand(
     corpus = assemble.rows(job, parts, cache, say)
     tokenizer = parts.base.tokenizer()
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    return supply_of(corpus, pad_id, assemble.steps_of(job, corpus)), "data"
+    return supply_of(corpus, pad_id, stepping.steps_of(job, corpus)), "data"
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class Supply:
         worst = worst_of(job, self.corpus, self.pad_id, self.total)
 
         def shortened(rows: int) -> list[tuple[int, list[Batch]]]:
-            return [(step, [assemble.batching.cut(b, job.seq_len) for b in batches]) for step, batches in worst(rows)]
+            return [(step, [stepping.batching.cut(b, job.seq_len) for b in batches]) for step, batches in worst(rows)]
 
         return shortened if job.seq_len < int(self.corpus.train.lengths.max()) else worst
 
@@ -197,7 +197,7 @@ class Supply:
 
     def epochs(self, job: Job) -> float:
         """How often a run sees its rows."""
-        return self.total / assemble.batching.steps_in(1, len(self.lengths), job.batch)
+        return self.total / stepping.batching.steps_in(1, len(self.lengths), job.batch)
 
 
 def supply_of(corpus: Corpus, pad_id: int, total: int) -> Supply:
@@ -216,7 +216,7 @@ def worst_of(job: Job, corpus: Corpus, pad_id: int, total: int) -> Worst:
 
     def worst(rows: int) -> list[tuple[int, list[Batch]]]:
         def sizes(step: int) -> tuple[int, int]:
-            parts = [part for part in assemble.micro_rows(job, corpus, rows, step)[:2] if part]
+            parts = [part for part in stepping.micro_rows(job, corpus, rows, step)[:2] if part]
             found = [int(lengths[p].sum() if packed else lengths[p].max() * len(p)) for p in parts]
             return found[0], found[1] if len(found) > 1 else 0
 
@@ -235,22 +235,22 @@ def _candidates(job: Job, lengths: np.ndarray, total: int) -> list[int]:
     if len(steps) <= _LOOKED_AT:
         return list(steps)
     longest = set(np.argsort(lengths)[-_LONGEST:].tolist())
-    batching, by_epoch = assemble.batching, job.steps is None
+    batching, by_epoch = stepping.batching, job.steps is None
     late = range(_LOOKED_AT, min(total, _LOOKED_AT + 10 * _LOOKED_AT))
     rows = (batching.step_rows(len(lengths), job.batch, step, job.seed, by_epoch=by_epoch) for step in late)
     return [*steps[:_LOOKED_AT], *(step for step, taken in zip(late, rows, strict=True) if longest & set(taken))]
 
 
 def _first_two(job: Job, corpus: Corpus, rows: int, pad_id: int, step: int) -> list[Batch]:
-    parts = [part for part in assemble.micro_rows(job, corpus, rows, step)[:2] if part]
-    return [assemble.batching.collate(corpus.train, p, packed=job.kernels == "fast", pad_id=pad_id) for p in parts]
+    parts = [part for part in stepping.micro_rows(job, corpus, rows, step)[:2] if part]
+    return [stepping.batching.collate(corpus.train, p, packed=job.kernels == "fast", pad_id=pad_id) for p in parts]
 
 
 def rows_of_seq_len(job: Job) -> Worst:
     """The worst step where no data is at hand: every row has `seq_len` tokens, and all of them are learnt."""
 
     def worst(rows: int) -> list[tuple[int, list[Batch]]]:
-        batch = assemble.batching.filled(rows, job.seq_len, packed=job.kernels == "fast")
+        batch = stepping.batching.filled(rows, job.seq_len, packed=job.kernels == "fast")
         return [(0, [batch] * min(2, max(1, job.batch // job.devices // rows)))]
 
     return worst

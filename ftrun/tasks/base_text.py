@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ftrun import assemble
+from ftrun import assemble, stepping
 from ftrun.data.load import Corpus
 from ftrun.data.rows import in_memory
 from ftrun.errors import RunFailed, UserError
@@ -53,7 +53,7 @@ class Subject:
         """The loss on rows, all but their first token, by the job's own loss and in micro-batches of its own size."""
         rows = in_memory([(row, [0] + [1] * (len(row) - 1)) for row in ids], tuple(prefix))
         corpus = dataclasses.replace(self.corpus, held_out=rows)
-        batches = assemble.evaluation_batches(self.job, corpus, None, self.micro_batch, self.pad_id)
+        batches = stepping.evaluation_batches(self.job, corpus, None, self.micro_batch, self.pad_id)
         return evaluate(self.parts.model, self.loss, batches, self.step)
 
 

@@ -80,7 +80,9 @@ class Judge:
         """
         s, tuner = self.session, self.session.parts.tuner
         if not s.ranks.alone and s.settled.strategy == "fsdp":
-            s.console.say("latency: not measured: each rank holds a part of the weights, and gathers them for each token")
+            s.console.say(
+                "latency: not measured: each rank holds a part of the weights, and gathers them for each token"
+            )
             return None
         if (asked := self._asked()) is None:
             why = "give eval.prompt, there is no held-out row to take one from, or it fills the model's positions"

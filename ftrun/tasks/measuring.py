@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ftrun import assemble
+from ftrun import stepping
 from ftrun.data.rows import Rows, in_memory
 from ftrun.errors import UserError
 from ftrun.evals import exact, kinds, retention
@@ -52,7 +52,7 @@ class Look:
         if rows.prefix_ids:
             rows = _prefixed(rows, self.prefix)
         corpus = replace(opened.corpus, held_out=rows)
-        return assemble.evaluation_batches(opened.job, corpus, self.options.rows, opened.micro_batch, opened.pad_id)
+        return stepping.evaluation_batches(opened.job, corpus, self.options.rows, opened.micro_batch, opened.pad_id)
 
     def view(self) -> View:
         """For evaluations by the token."""

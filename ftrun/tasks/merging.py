@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ftrun import assemble
+from ftrun import stepping
 from ftrun.errors import UserError
 from ftrun.evals.held_out import evaluate
 from ftrun.methods.base import Wrapper
@@ -47,7 +47,7 @@ def measure(tuned: Tuned, rows: int | None) -> Measured:
     loss = evaluate(tuned.model, tuned.loss, batches, 0).loss
     found = []
     with torch.no_grad(), tuned.autocast():
-        alone = assemble.evaluation_batches(tuned.job, tuned.corpus, _LOGIT_ROWS, 1, tuned.pad_id)
+        alone = stepping.evaluation_batches(tuned.job, tuned.corpus, _LOGIT_ROWS, 1, tuned.pad_id)
         for batch in (one.to(tuned.device) for one in alone):
             logits = tuned.token_loss.logits(batch).flatten(0, 1)
             found.append(logits[batch.learnt[:_LOGIT_TOKENS]].float().cpu())  # type: ignore[index]

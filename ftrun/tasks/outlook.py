@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ftrun import assemble
+from ftrun import assemble, stepping
 from ftrun.job import Job
 from ftrun.memory.cost import Cost
 from ftrun.memory.device import Device
@@ -39,7 +39,7 @@ def outlook(job: Job, shared: Shared, whole: bool = True) -> dict[str, Any]:
         corpus = shared.rows(job, parts, cache_dir(), _nothing)
         tokenizer = parts.base.tokenizer()
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        total = assemble.steps_of(job, corpus)
+        total = stepping.steps_of(job, corpus)
         supply = supply_of(corpus, pad_id, total)
         prepared = shared.prepared(job, parts, corpus, device, pad_id, total, Path(str(job.out)))
     else:

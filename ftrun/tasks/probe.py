@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from ftrun import assemble
+from ftrun import assemble, stepping
 from ftrun.errors import RunFailed, UserError
 from ftrun.groups import owners
 from ftrun.job import Job
@@ -176,7 +176,7 @@ def _halves(session: Session, rows: int) -> list[list[Batch]]:
     """
     job, corpus, size = session.job, session.corpus, session.settled.micro_batch
     steps = range(min(session.total, math.ceil(rows / job.batch)))
-    groups = [part for step in steps for part in assemble.micro_rows(job, corpus, size, step)]
+    groups = [part for step in steps for part in stepping.micro_rows(job, corpus, size, step)]
     # an epoch of few rows may end within these steps
     first = {row: group for group, part in reversed(list(enumerate(groups))) for row in part}
     every = [(group, row) for group, part in enumerate(groups) for row in part if first[row] == group]
@@ -187,7 +187,7 @@ def _halves(session: Session, rows: int) -> list[list[Batch]]:
     def made(half: int) -> Iterator[Batch]:
         for _, mine in itertools.groupby(taken[half::count], key=lambda one: one[0]):
             part, packed = [row for _, row in mine], job.kernels == "fast"
-            yield assemble.batching.collate(corpus.train, part, packed=packed, pad_id=session.pad_id)
+            yield stepping.batching.collate(corpus.train, part, packed=packed, pad_id=session.pad_id)
 
     return [list(made(half)) for half in range(count)]
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ftrun import assemble
+from ftrun import assemble, stepping
 from ftrun.early import check_devices
 from ftrun.errors import DoesNotFit, RunFailed, UserError
 from ftrun.evals.answer import answer, asked, prompt_ids
@@ -87,7 +87,7 @@ class Session:
             say(note)
         tokenizer = self.parts.base.tokenizer()
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        self.total = assemble.steps_of(job, self.corpus)
+        self.total = stepping.steps_of(job, self.corpus)
 
     def settle(self, out: Path) -> None:
         """The plan, and what `auto` comes to. Raises DoesNotFit."""
@@ -194,17 +194,17 @@ class Session:
         }
 
         def make(step: int) -> list[Batch]:
-            made = assemble.step_batches(job, self.corpus, self.settled.micro_batch, self.pad_id, step, self.ranks.rank)
+            made = stepping.step_batches(job, self.corpus, self.settled.micro_batch, self.pad_id, step, self.ranks.rank)
             if self.kept is not None:
                 self.kept.ahead(made)
             return made
 
-        work.batches = lambda start: assemble.prefetched(make, start, self.total)
+        work.batches = lambda start: stepping.prefetched(make, start, self.total)
         work.watch = self._watch
         work.save_steps, work.save_seconds = job.save_interval()
         work.save = lambda progress: self.keeper.save(work, progress)
         if options.evaluates and len(self.corpus.held_out):
-            held_out = assemble.evaluation_batches(
+            held_out = stepping.evaluation_batches(
                 job, self.corpus, options.rows, self.settled.micro_batch, self.pad_id, self.ranks
             )
             work.evaluate = lambda step: _sound(evaluate(work.model, self._loss, held_out, step, self.ranks.sums))

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ftrun import assemble
+from ftrun import assemble, stepping
 from ftrun.compose import changed
 from ftrun.data.load import Corpus
 from ftrun.errors import UserError
@@ -91,7 +91,7 @@ class Tuned:
 
     def held_out(self, rows: int | None) -> Sequence[Batch]:
         """The held-out rows, at most so many, as batches."""
-        return assemble.evaluation_batches(self.job, self.corpus, rows, self.micro_batch, self.pad_id)
+        return stepping.evaluation_batches(self.job, self.corpus, rows, self.micro_batch, self.pad_id)
 
 
 def open_tuned(run: Path, job: Job, cache: Path, say: Say, *, plain: bool = False, tuned: bool = True) -> Tuned:

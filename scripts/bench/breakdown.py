@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from ftrun import assemble
+from ftrun import assemble, stepping
 from ftrun.compose import compose
 from ftrun.metrics.console import Console
 from ftrun.models.forward import TokenLoss
@@ -62,7 +62,7 @@ def of_job(session: Session) -> tuple[floor.Shape, dict[str, Any]]:
     )
     depth, recomputed, dora = parts.anatomy.depth, session.settled.recomputed, parts.tuner.kind == "dora"
     shape = floor.Shape(weights, depth, heads * width, config.hidden_size, config.vocab_size, recomputed, dora)
-    steps = [assemble.micro_rows(job, corpus, job.batch, step)[0] for step in range(session.total)]
+    steps = [stepping.micro_rows(job, corpus, job.batch, step)[0] for step in range(session.total)]
     lengths = [corpus.train.lengths[rows].tolist() for rows in steps]
     learnt = [int(corpus.train.supervised[rows].sum()) for rows in steps]
     each = [floor.operations(shape, n, s) for n, s in zip(lengths, learnt, strict=True)]
@@ -99,7 +99,7 @@ def _step(session: Session, work: Work, number: int) -> float:
     """One optimiser step as the loop takes it; returns its seconds."""
     settled = session.settled
     step = number % session.total
-    batches = assemble.step_batches(session.job, session.corpus, settled.micro_batch, session.pad_id, step)
+    batches = stepping.step_batches(session.job, session.corpus, settled.micro_batch, session.pad_id, step)
     started = time.perf_counter()
     float(accumulate(work, batches))
     with record_function(patterns.OPTIMISER):

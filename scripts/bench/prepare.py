@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ftrun import assemble
+from ftrun import assemble, stepping
 from ftrun.compose import compose
 from ftrun.data.load import Corpus
 from ftrun.data.rows import Rows
@@ -117,7 +117,7 @@ def _hand_out(case: Case, steps: int, out: Path, model: str | None) -> None:
 
 
 def _step(job: Any, corpus: Corpus, step: int) -> list[int]:
-    return assemble.batching.step_rows(len(corpus.train), job.batch, step, job.seed)
+    return stepping.batching.step_rows(len(corpus.train), job.batch, step, job.seed)
 
 
 def _ids(rows: Rows, row: int) -> Row:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ftrun import assemble
+from ftrun import assemble, stepping
 from ftrun.groups import choices_of
 from ftrun.methods.files import load_adapter
 from ftrun.runs import cache_dir
@@ -28,7 +28,7 @@ def furnished(job, recomputed: int = 0):  # type: ignore[no-untyped-def]
 
 
 def logits(job, parts, corpus) -> torch.Tensor:  # type: ignore[no-untyped-def]
-    batch = assemble.evaluation_batches(job, corpus, 4, 4, 0)[0]
+    batch = stepping.evaluation_batches(job, corpus, 4, 4, 0)[0]
     with torch.no_grad():
         return assemble.TokenLoss(parts.model.eval(), job.kernels).logits(batch)
 
@@ -52,7 +52,7 @@ def test_what_is_saved_loads_again_with_the_same_logits(trained, tmp_path: Path)
 
         model = AutoModelForCausalLM.from_pretrained(folder / "run" / "model")
         live.tuner.load_state(live.model, model.state_dict())
-        batch = assemble.evaluation_batches(job, corpus, 1, 1, 0)[0]
+        batch = stepping.evaluation_batches(job, corpus, 1, 1, 0)[0]
         alone = model(batch.input_ids).logits
         ours = logits(job, live, corpus)[:, : alone.shape[1]]
         assert float((alone - ours).detach().abs().max()) < 1e-4 * float(alone.detach().abs().max())
@@ -75,7 +75,7 @@ def test_only_what_it_declares_trains(trained) -> None:  # type: ignore[no-untyp
     assert declared == {id(p) for p in parts.model.parameters() if p.requires_grad}
     work = assemble.work(job, parts, torch.device("cpu"), total=3)
     parts.model.train()
-    gradients(work, assemble.step_batches(job, corpus, 4, 0, 0))
+    gradients(work, stepping.step_batches(job, corpus, 4, 0, 0))
     update(work)
     assert all(torch.equal(p, untouched[n]) for n, p in parts.model.named_parameters() if n in untouched)
     result = json.loads((folder / "run" / "result.json").read_text())
@@ -116,7 +116,7 @@ def test_it_learns_32_rows(trained) -> None:  # type: ignore[no-untyped-def]
     job = tiny_job(folder, f"method={job.method.choice}", f"model.path={sharp}", *more)
     parts, corpus = furnished(job)
     work = assemble.work(job, parts, torch.device("cpu"), 200)
-    work.batches = lambda start: iter([assemble.step_batches(job, corpus, 32, 0, 0)] * 200)
+    work.batches = lambda start: iter([stepping.step_batches(job, corpus, 32, 0, 0)] * 200)
     first = loss = None
     for record in train(work, Progress()):
         loss, first = record.loss, first or record.loss

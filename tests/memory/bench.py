@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import transformers
 
-from ftrun import assemble
+from ftrun import assemble, stepping
 from ftrun.compose import compose
 from ftrun.data.rows import in_memory
 from ftrun.job import Job
@@ -138,8 +138,8 @@ class Bench:
         lengths = [max(8, shape.lengths[i % len(shape.lengths)] // share) for i in range(shape.batch)]
         made = [(rng.integers(5, vocabulary, n).tolist(), [0] * (n // 3) + [1] * (n - n // 3)) for n in lengths]
         rows = in_memory(made, tuple(range(vocabulary, vocabulary + parts.tuner.prefix)))
-        micro = assemble.batching.micro(list(range(shape.batch)), shape.micro_batch, lengths=rows.lengths)
-        return [assemble.batching.collate(rows, part, packed=case.kernels == "fast", pad_id=0) for part in micro]
+        micro = stepping.batching.micro(list(range(shape.batch)), shape.micro_batch, lengths=rows.lengths)
+        return [stepping.batching.collate(rows, part, packed=case.kernels == "fast", pad_id=0) for part in micro]
 
     def _cache(self, case: Case) -> Path:
         return cache_dir() if case.model == "smollm2" else self.folder

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ftrun import assemble
+from ftrun import assemble, stepping
 from ftrun.compose import compose
 from ftrun.memory.device import Options, resolve
 from ftrun.planning.cards import paging
@@ -252,6 +252,6 @@ def test_the_worst_second_micro_batch_is_planned_too(tmp_path: Path) -> None:
     total = 6
     steps = worst_of(job, corpus, 0, total)(1)
     seconds = [
-        int(corpus.train.lengths[assemble.micro_rows(job, corpus, 1, step)[1]].sum()) for step in range(1, total)
+        int(corpus.train.lengths[stepping.micro_rows(job, corpus, 1, step)[1]].sum()) for step in range(1, total)
     ]
     assert max(batches[1].tokens for _, batches in steps) == max(seconds)

@@ -204,14 +204,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _batches(case: str, folder: Path, base: Path) -> list[Any]:
     """Our batches of each step."""
-    from ftrun import assemble
+    from ftrun import assemble, stepping
     from ftrun.compose import compose
     from ftrun.runs import cache_dir
 
     job = compose(sides.overrides(CASES[case].ours, CASES[case], STEPS, folder, str(base)))
     parts = assemble.sketch(job, cache_dir(), print, whole=True)
     corpus = assemble.rows(job, parts, cache_dir(), print)
-    return [assemble.step_batches(job, corpus, job.batch, 0, step)[0] for step in range(STEPS)]
+    return [stepping.step_batches(job, corpus, job.batch, 0, step)[0] for step in range(STEPS)]
 
 
 def _ours(batch: Any) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ftrun import assemble
+from ftrun import assemble, stepping
 from ftrun.planning.settle import layer_counts, notes, rows_of_seq_len, settle
 from ftrun.planning.twin import Twin
 from ftrun.runs import cache_dir
@@ -63,7 +63,7 @@ def test_nothing_below_is_recorded(tmp_path: Path, more: list[str], recomputed: 
         layer.register_forward_hook(left(number))
     work.model.train()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(at[0]) or t, lambda t: t), work.autocast():
-        loss = work.loss(assemble.step_batches(job, corpus, 4, 0, step=0)[0])
+        loss = work.loss(stepping.step_batches(job, corpus, 4, 0, step=0)[0])
     assert recorded == {number: number >= BELOW for number in range(DEPTH)}
     assert min(kept) == BELOW
     loss.backward()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from ftrun import assemble
+from ftrun import assemble, stepping
 from ftrun.errors import Interrupted, UserError
 from ftrun.planning import keeping
 from ftrun.runs import cache_dir
@@ -168,7 +168,7 @@ def test_every_family(tmp_path: Path, family: str) -> None:
     kept = assemble.kept_rows(job, parts, corpus, 2, 0, InMemory(), work, print)
     loss = KeptLoss(work.loss, kept)
     for step in (0, 1, 9, 10):
-        for batch in assemble.step_batches(job, corpus, 2, 0, step):
+        for batch in stepping.step_batches(job, corpus, 2, 0, step):
             with torch.no_grad():
                 assert float(loss(batch)) == pytest.approx(float(work.loss(batch)), rel=1e-6)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ftrun import assemble
+from ftrun import assemble, stepping
 from ftrun.errors import Interrupted, RunFailed
 from ftrun.optim import adamw_bnb
 from ftrun.optim.paging import PAGED_FROM
@@ -22,7 +22,7 @@ def first_gradients(tmp_path: Path, *more: str) -> tuple[float, dict[str, torch.
     parts, corpus = built(job)
     work = assemble.work(job, parts, torch.device("cpu"), total=1)
     work.clip = None
-    batches = assemble.step_batches(job, corpus, int(job.micro_batch), 0, step=0)
+    batches = stepping.step_batches(job, corpus, int(job.micro_batch), 0, step=0)
     loss, _ = gradients(work, batches)
     found = {n: p.grad.clone() for n, p in parts.model.named_parameters() if p.grad is not None}
     return float(loss) / sum(b.supervised for b in batches), found
@@ -74,7 +74,7 @@ def test_recomputation_changes_no_gradient(tmp_path: Path) -> None:
         corpus = assemble.rows(job, parts, cache_dir(), print)
         assemble.furnish(job, parts, torch.device("cpu"), cache_dir(), print, recomputed)
         work = assemble.work(job, parts, torch.device("cpu"), total=1)
-        gradients(work, assemble.step_batches(job, corpus, 4, 0, step=0))
+        gradients(work, stepping.step_batches(job, corpus, 4, 0, step=0))
         found.append([p.grad for p in parts.model.parameters() if p.grad is not None])
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
@@ -84,7 +84,7 @@ def ready(tmp_path: Path, *more: str, total: int = 4):  # type: ignore[no-untype
     job = tiny_job(tmp_path, f"steps={total}", "micro_batch=4", *more)
     parts, corpus = built(job)
     work = assemble.work(job, parts, torch.device("cpu"), total)
-    work.batches = lambda start: iter([assemble.step_batches(job, corpus, 4, 0, s) for s in range(start, total)])
+    work.batches = lambda start: iter([stepping.step_batches(job, corpus, 4, 0, s) for s in range(start, total)])
     return work
 
 
