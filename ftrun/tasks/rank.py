@@ -62,7 +62,7 @@ def work(run: Path) -> None:
     from ftrun.tasks.session import Session
     from ftrun.tasks.train import finished
     from ftrun.train.interrupt import terminable
-    from ftrun.train.ranks import join, leave
+    from ftrun.train.ranks import join
 
     first, job = os.environ["RANK"] == "0", frozen(run)
     kind = job.device.options.type
@@ -79,14 +79,11 @@ def work(run: Path) -> None:
             console.show(job.as_dict())
             session.prepare(run)
         session.ranks = join(kind)
-        try:
-            if not first:
-                session.open(run)
-            session.share_settled()
-            if not session.ranks.any(first and finished_there(run, job, session.total, finished)):
-                _train(session, run)
-        finally:
-            leave()
+        if not first:
+            session.open(run)
+        session.share_settled()
+        if not session.ranks.any(first and finished_there(run, job, session.total, finished)):
+            _train(session, run)
 
 
 def finished_there(run: Path, job: Job, total: int, finished: Any) -> bool:
@@ -111,4 +108,6 @@ def _train(session: Any, run: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    from ftrun.train.ranks import end
+
+    end(main(Path(sys.argv[1])))

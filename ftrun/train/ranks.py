@@ -5,12 +5,15 @@ Torch's elastic launcher sets RANK, WORLD_SIZE and the rest (ftrun/train/launch.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import datetime
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -90,7 +93,14 @@ def join(kind: str) -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
-def leave() -> None:
-    """Ends the connection, where there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def end(code: int) -> NoReturn:
+    """Ends this process, its connections as they are.
+
+    Gloo's threads may hold the tensors of their last collective; to free one they need Python's lock, which whoever
+    takes the connection down holds while it waits for them (seen: some ranks never ended). So nothing is taken down.
+    """
+    atexit._run_exitfuncs()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
