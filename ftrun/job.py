@@ -39,7 +39,7 @@ STUDY_ROOMS = {"search": "ftrun.studies.search", "launcher": "ftrun.studies.laun
 # keys of a study that stand for an option of its search
 STUDY_KEYS = {"budget": "search.budget", "trials": "search.trials"}
 # where and how a run is watched is not what it computes
-_PLACES = ("name", "out", "resume", "refuse", "allow_drift", "debug", "log", "save_every")
+_PLACES = ("name", "out", "resume", "refuse", "allow_drift", "debug", "log", "save_every", "save_last")
 _ROOT = Path(__file__).parent
 
 
@@ -105,6 +105,12 @@ class Job:
         ge=1,
         pattern=r"\d+(\.\d+)?(s|min|h)",
         form="steps as 50, time as 90s, 10min or 2h, or null: only at the end and when stopped",
+    )
+    save_last: int = option(2, "the newest checkpoints that are kept, beside the best one", ge=1)
+    skip_nonfinite: int = option(
+        3,
+        "steps in all whose update is skipped because their loss or gradients are not finite; one more ends the run",
+        ge=0,
     )
     name: str | None = option(
         None,

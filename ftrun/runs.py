@@ -34,6 +34,8 @@ _FREE = {
     "log",
     "choices.log",
     "save_every",
+    "save_last",
+    "skip_nonfinite",
     "steps",
     "epochs",
 }

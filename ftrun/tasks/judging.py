@@ -18,14 +18,13 @@ import torch
 
 from ftrun import assemble
 from ftrun.data.rows import in_memory
-from ftrun.errors import RunFailed, UserError
+from ftrun.errors import RunFailed, UserError, is_out_of_memory
 from ftrun.evals import latency, retention
 from ftrun.evals.answer import ends, prompt_ids, room_for
 from ftrun.evals.held_out import evaluate
 from ftrun.memory.device import SHARE, resolve
 from ftrun.models.forward import attention
 from ftrun.runs import read_json, write_json
-from ftrun.tasks.train import is_out_of_memory
 from ftrun.values import EvalRecord
 
 if TYPE_CHECKING:

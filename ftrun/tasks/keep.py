@@ -21,6 +21,7 @@ from ftrun.optim import state as optimiser_state
 from ftrun.runs import Run, aside, listed, write_json
 from ftrun.train import checkpoint
 from ftrun.train.checkpoint import Checkpoint
+from ftrun.train.generators import random_state, restore_random
 from ftrun.train.loop import Progress
 
 
@@ -55,7 +56,7 @@ class Keeper:
             optimiser_state.restore(optimiser, found.optimiser, found.optimiser_meta)
         except ValueError as error:
             raise UserError(f"{self.run.checkpoints}: {error}") from error
-        checkpoint.restore_random(found.random)
+        restore_random(found.random)
 
     def load_trained(self, tensors: dict[str, torch.Tensor]) -> None:
         """Trained weights into the model."""
@@ -79,7 +80,7 @@ class Keeper:
                     f"step {progress.step}: {key} is no longer finite; a lower lr may help. Nothing is saved"
                 )
         tensors, meta = optimiser_state.flatten(optimiser)
-        state = Checkpoint(progress, trained, tensors, meta, checkpoint.random_state(), self.belongs)
+        state = Checkpoint(progress, trained, tensors, meta, random_state(), self.belongs)
         try:
             checkpoint.save(self.run.checkpoints, state, name)
         except (OSError, SafetensorError) as error:

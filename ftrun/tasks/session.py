@@ -9,7 +9,7 @@ import importlib.metadata
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from ftrun.tasks.shared import Shared, Watch
 from ftrun.train.interrupt import stop_requests
 from ftrun.train.kept import InMemory, KeptLoss, KeptRows, OnDisk
 from ftrun.train.loop import Progress, train
+from ftrun.train.recover import Room, halving
 from ftrun.values import Batch, EvalRecord, StepRecord
 
 
@@ -164,30 +165,76 @@ class Session:
             "process_peak_bytes": meter.measures,
         }
 
-        def make(step: int) -> list[Batch]:
-            made = assemble.step_batches(job, self.corpus, self.settled.micro_batch, self.pad_id, step)
-            if self.kept is not None:
-                self.kept.ahead(made)
-            return made
+        room = work.room = self._room()
 
-        work.batches = lambda start: assemble.prefetched(make, start, self.total)
-        work.watch = self._watch
+        def batches(start: int) -> Iterator[list[Batch]]:
+            rows = room.micro_batch  # as it is now: a thread makes them
+
+            def make(step: int) -> list[Batch]:
+                made = assemble.step_batches(job, self.corpus, rows, self.pad_id, step)
+                if (kept := self.kept) is not None:
+                    kept.ahead(made)
+                return made
+
+            return assemble.prefetched(make, start, self.total)
+
+        work.batches, work.watch, work.skips, work.say = batches, self._watch, job.skip_nonfinite, self.console.say
         work.save_steps, work.save_seconds = job.save_interval()
         work.save = lambda progress: self.keeper.save(work.optimiser, progress)
         if options.evaluates and len(self.corpus.held_out):
-            held_out = assemble.evaluation_batches(
-                job, self.corpus, options.rows, self.settled.micro_batch, self.pad_id
-            )
-            work.evaluate = lambda step: _sound(evaluate(work.model, self._loss, held_out, step))
+            work.evaluate = self._evaluate
+            self.held_rows, self.held_out = self.settled.micro_batch, dict[int, Sequence[Batch]]()
             work.evaluate_every, work.patience = options.every, options.patience
             work.rungs = self.watch.rungs
             if options.keep_best:
                 work.save_best = lambda progress: self.keeper.save(work.optimiser, progress, "best")
 
+    def _room(self) -> Room:
+        """What a step computes at once: as settled, or as an earlier part of the run came to for want of memory."""
+        settled, before, every = self.settled, self.progress.recoveries, assemble.decoder(self.parts)
+        found = before[-1] if before else {"micro_batch": settled.micro_batch, "recomputed": settled.recomputed}
+        room = Room(
+            micro_batch=min(found["micro_batch"], settled.micro_batch),
+            recomputed=max(found["recomputed"], settled.recomputed),
+            layers=len(every) - assemble.frozen_below(self.parts),
+            recompute=lambda layers: assemble.recompute_first(self.parts, layers),
+            changed=self._keep_no_more,
+            say=self.console.say,
+            where=self.corpus.train.where,
+        )
+        if before:
+            room.recompute(room.recomputed)
+            self.console.say(
+                f"memory ran out in step {before[-1]['step']}: goes on with {room.micro_batch} rows at once, "
+                f"{room.recomputed} layers recomputed"
+            )
+        return room
+
+    def _keep_no_more(self) -> None:
+        """Where memory is short the store is let go: its groups of rows were those of the larger micro-batch."""
+        if self.kept is None:
+            return
+        self.work.loss = self.whole_loss
+        self.kept.store.close()
+        self.kept = None
+        self.console.say("keep_prefix: no longer: memory was short")
+
+    def _evaluate(self, step: int) -> EvalRecord:
+        """The held-out loss, in batches of the micro-batch's rows, or fewer where memory is short."""
+
+        def found(rows: int) -> EvalRecord:
+            if rows not in self.held_out:
+                of = (self.job, self.corpus, self.options.rows, rows, self.pad_id)
+                self.held_out[rows] = assemble.evaluation_batches(*of)
+            return evaluate(self.work.model, self._loss, self.held_out[rows], step)
+
+        record, self.held_rows = halving(self.held_rows, found, self.console.say)
+        return _sound(record)
+
     def _keep_prefix(self, run: Run) -> None:
         """Training takes what the frozen layers give its rows from a store; evaluations run the whole model."""
         self.whole_loss, where = self.work.loss, self.settled.kept.where
-        if where == "none":
+        if where == "none" or self.progress.recoveries:
             return
         settled, job = self.settled, self.job
         facts = {**self.keeper.belongs, "quantisation": self.parts.quantiser.scheme(), "device": self.device.type}
@@ -210,7 +257,8 @@ class Session:
     @contextlib.contextmanager
     def _watch(self, step: int) -> Iterator[None]:
         """Measure the step that the plan was made for: by the allocator's own events, on CUDA by its statistics."""
-        if step != self.settled.largest_step or step == 0:  # in the first step the optimiser has no state yet
+        # in the first step the optimiser has no state yet; with fewer rows at once it is not the planned one
+        if step != self.settled.largest_step or step == 0 or self.progress.recoveries:
             yield
         elif self.device.type == "cuda":
             yield  # the loop has reset the statistics at the step's start; paged state is not among them
@@ -325,6 +373,9 @@ class Session:
             "tokens_per_s": progress.tokens / progress.seconds if progress.seconds else None,
             "loss_first": progress.loss_first,
             "loss_last": progress.loss_last,
+            "recoveries": progress.recoveries,
+            "skipped": progress.skipped,
+            "checkpoints": {"saved": progress.saves, "waited_seconds": progress.save_seconds},
             "eval": {when: _figures(found) for when, found in self.evals.items()},
             "samples": _samples(self.evals),
             **self.judge.figures,

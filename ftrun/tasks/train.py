@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftrun.errors import Interrupted, RunFailed, UserError
+from ftrun.errors import Interrupted, RunFailed, UserError, is_out_of_memory
 from ftrun.job import Job
 from ftrun.metrics.console import Console
 from ftrun.runs import Run, cache_dir, check_run, differences, open_run, read_json, saved_steps, steps_done
@@ -119,12 +119,6 @@ def _told(error: BaseException, session: Session, folder: Run) -> BaseException:
         peak = session.settled.plan.needed_bytes / 1e9
         return RunFailed(f"out of memory {at}: {str(error).splitlines()[0][:200]}. Planned: {peak:.2f} GB at the peak")
     return error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator, Python's or torch's on any device, could not give what was asked."""
-    words = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in words))
 
 
 def _leave(session: Session, folder: Run, error: BaseException) -> None:

@@ -25,6 +25,7 @@ from ftrun.train.loop import Progress
 
 KEPT = 2
 _PARTS = ("trained", "optimiser", "random")
+_LISTS = ("recoveries", "skipped")  # of a progress; the rest are numbers
 
 
 @dataclasses.dataclass
@@ -106,8 +107,13 @@ def load(path: Path) -> Checkpoint:
 def _progress(values: Mapping[str, Any], name: str) -> Progress:
     """The progress in state.json, which must be that of the folder's name."""
     progress = Progress(**values)
-    numbers = [getattr(progress, f.name) for f in dataclasses.fields(progress)]
-    if not all(n is None or isinstance(n, int | float) for n in numbers) or not isinstance(progress.step, int):
+    numbers = [getattr(progress, f.name) for f in dataclasses.fields(progress) if f.name not in _LISTS]
+    sound = isinstance(progress.skipped, list) and isinstance(progress.recoveries, list)
+    sound = sound and all(isinstance(n, int) for n in progress.skipped)
+    sound = sound and all(isinstance(n, int) for one in progress.recoveries for n in dict(one).values())
+    sound = sound and all({"step", "micro_batch", "recomputed"} == one.keys() for one in progress.recoveries)
+    sound = sound and all(n is None or isinstance(n, int | float) for n in numbers)
+    if not sound or not isinstance(progress.step, int):
         raise ValueError("state.json holds no progress")
     if re.fullmatch(r"step-\d+", name) and name != f"step-{progress.step}":
         raise ValueError(f"it is that of step {progress.step}")
@@ -121,18 +127,3 @@ def _digest(path: Path) -> str:
 
 def _packed(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
-
-
-def random_state() -> dict[str, torch.Tensor]:
-    """The state of every generator that training draws from."""
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def restore_random(state: Mapping[str, torch.Tensor]) -> None:
-    """Set the generators as `random_state` found them."""
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
