@@ -20,6 +20,7 @@ from ftrun.methods.files import save_adapter
 from ftrun.optim import state as optimiser_state
 from ftrun.runs import Run, aside, listed, write_json
 from ftrun.train import checkpoint
+from ftrun.train.aside import Aside
 from ftrun.train.checkpoint import Checkpoint
 from ftrun.train.generators import random_state, restore_random
 from ftrun.train.loop import Progress
@@ -28,8 +29,9 @@ from ftrun.train.loop import Progress
 class Keeper:
     """belongs: what the run's weights belong to, by hash; a checkpoint that belongs to another is refused."""
 
-    def __init__(self, run: Run, parts: Sketch, corpus: Corpus, say: Callable[[str], None]) -> None:
-        self.run, self.parts, self.say = run, parts, say
+    def __init__(self, run: Run, parts: Sketch, corpus: Corpus, say: Callable[[str], None], last: int = 2) -> None:
+        self.run, self.parts, self.say, self.last = run, parts, say, last
+        self._writing, self._of = Aside(), 0
         self.belongs = {"base": parts.base.hash(), "data": fingerprint(corpus)}
 
     def found(self, resume: str) -> Checkpoint | None:
@@ -73,6 +75,40 @@ class Keeper:
 
     def save(self, optimiser: torch.optim.Optimizer, progress: Progress, name: str | None = None) -> str | None:
         """A checkpoint; tells what went wrong, which ends no run. Raises RunFailed where a weight is not finite."""
+        state = self._state(optimiser, progress)
+        self.finish()
+        try:
+            checkpoint.save(self.run.checkpoints, state, name, self.last)
+        except (OSError, SafetensorError) as error:
+            return self._not_saved(name or f"step-{progress.step}", progress.step, error)
+        return None
+
+    def save_aside(self, optimiser: torch.optim.Optimizer, progress: Progress) -> str | None:
+        """A checkpoint from a copy, written while training goes on; `tell` or `finish` says what went wrong with it."""
+        state = self._state(optimiser, progress)
+        self.finish()
+        state = checkpoint.copied(state)
+        self._of = progress.step
+        self._writing.begin(lambda: checkpoint.save(self.run.checkpoints, state, last=self.last))
+        return None
+
+    def tell(self) -> None:
+        """Say what went wrong with a checkpoint, where it is done. Waits for none."""
+        if not self._writing.busy:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written; say what went wrong with it."""
+        error = self._writing.finish()
+        if error is not None:
+            self._not_saved(f"step-{self._of}", self._of, error)
+
+    def _not_saved(self, name: str, step: int, error: Exception) -> str:
+        trouble = f"{self.run.checkpoints / name}: {reason(error)}"
+        self.say(f"WARNING: NO CHECKPOINT of step {step}: {trouble}. The run goes on without it")
+        return trouble
+
+    def _state(self, optimiser: torch.optim.Optimizer, progress: Progress) -> Checkpoint:
         trained = self.parts.tuner.state(self.parts.model)
         for key, tensor in trained.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -80,14 +116,7 @@ class Keeper:
                     f"step {progress.step}: {key} is no longer finite; a lower lr may help. Nothing is saved"
                 )
         tensors, meta = optimiser_state.flatten(optimiser)
-        state = Checkpoint(progress, trained, tensors, meta, random_state(), self.belongs)
-        try:
-            checkpoint.save(self.run.checkpoints, state, name)
-        except (OSError, SafetensorError) as error:
-            trouble = f"{self.run.checkpoints / (name or f'step-{progress.step}')}: {reason(error)}"
-            self.say(f"WARNING: NO CHECKPOINT of step {progress.step}: {trouble}. The run goes on without it")
-            return trouble
-        return None
+        return Checkpoint(progress, trained, tensors, meta, random_state(), self.belongs)
 
     def hand_over(self, provenance: Mapping[str, Any]) -> None:
         """adapter/ with its provenance, or model/ where the base itself was trained: whole, or not at all."""

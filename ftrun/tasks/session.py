@@ -23,7 +23,8 @@ from ftrun.evals.answer import answer, asked, prompt_ids
 from ftrun.evals.held_out import evaluate
 from ftrun.job import Job
 from ftrun.kernels import compiled
-from ftrun.memory.device import Device
+from ftrun.memory import host
+from ftrun.memory.device import SHARE, Device
 from ftrun.memory.events import allocations, resident_bytes
 from ftrun.memory.host import change_pages, few_arenas, keep_pages
 from ftrun.memory.measure import Meter
@@ -97,7 +98,7 @@ class Session:
     def train(self, run: Run) -> dict[str, Any]:
         """Weights, evaluation, the loop, evaluation, the adapter; returns what result.json holds."""
         torch_device = assemble.torch_device(self.device)
-        self.keeper = Keeper(run, self.parts, self.corpus, self.console.say)
+        self.keeper = Keeper(run, self.parts, self.corpus, self.console.say, self.job.save_last)
         found = self.keeper.found(self.job.resume)
         self._start(run, found.progress.step if found else None)
         torch.manual_seed(self.job.seed)
@@ -132,6 +133,8 @@ class Session:
     def close(self, run: Run, outcome: dict[str, Any] | None) -> None:
         """result.json, then the sinks, whatever happened."""
         try:
+            if hasattr(self, "keeper"):
+                self.keeper.finish()
             if outcome is not None:
                 write_json(run.path / "result.json", outcome)
         finally:
@@ -181,6 +184,8 @@ class Session:
         work.batches, work.watch, work.skips, work.say = batches, self._watch, job.skip_nonfinite, self.console.say
         work.save_steps, work.save_seconds = job.save_interval()
         work.save = lambda progress: self.keeper.save(work.optimiser, progress)
+        if self._copies():
+            work.save_aside = lambda progress: self.keeper.save_aside(work.optimiser, progress)
         if options.evaluates and len(self.corpus.held_out):
             work.evaluate = self._evaluate
             self.held_rows, self.held_out = self.settled.micro_batch, dict[int, Sequence[Batch]]()
@@ -188,6 +193,12 @@ class Session:
             work.rungs = self.watch.rungs
             if options.keep_best:
                 work.save_best = lambda progress: self.keeper.save(work.optimiser, progress, "best")
+
+    def _copies(self) -> bool:
+        """Whether memory has room for a checkpoint's copy: beside the planned peak, or on a GPU's host."""
+        if self.device.type == "cpu":
+            return self.settled.plan.copies
+        return self.settled.plan.checkpoint_copy_bytes < SHARE["cpu"] * host.memory()[1]
 
     def _room(self) -> Room:
         """What a step computes at once: as settled, or as an earlier part of the run came to for want of memory."""
@@ -264,6 +275,7 @@ class Session:
             yield  # the loop has reset the statistics at the step's start; paged state is not among them
             self._note_measured(self.settled.plan.needed_bytes, torch.cuda.max_memory_allocated())
         else:
+            self.keeper.finish()  # its copy is not of the step
             gc.collect()  # what the steps before left would be freed within this one, unseen by the profiler
             resident = resident_bytes(self._residents())
             with allocations() as seen:
@@ -344,6 +356,7 @@ class Session:
         return {"prompt": options.prompt or asked(ids, tokenizer), "answer": text}
 
     def _record(self, record: StepRecord | EvalRecord) -> None:
+        self.keeper.tell()
         for sink in self.sinks:
             if isinstance(record, StepRecord):
                 sink.step(record)

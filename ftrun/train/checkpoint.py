@@ -5,6 +5,7 @@ checkpoints/step-N/ is written aside, flushed and renamed: it is there complete,
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -23,7 +24,6 @@ from ftrun.optim.state import check as check_optimiser
 from ftrun.runs import aside, saved_steps
 from ftrun.train.loop import Progress
 
-KEPT = 2
 _PARTS = ("trained", "optimiser", "random")
 _LISTS = ("recoveries", "skipped")  # of a progress; the rest are numbers
 
@@ -40,8 +40,14 @@ class Checkpoint:
     belongs: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-def save(folder: Path, checkpoint: Checkpoint, name: str | None = None) -> Path:
-    """Write step-N/ (or `name`/) under `folder` and drop all but the newest KEPT steps; returns its path.
+def copied(checkpoint: Checkpoint) -> Checkpoint:
+    """The same with tensors of its own on the host, so that training may go on while it is written."""
+    parts = {part: {name: t.detach().cpu().clone() for name, t in getattr(checkpoint, part).items()} for part in _PARTS}
+    return dataclasses.replace(checkpoint, progress=copy.deepcopy(checkpoint.progress), **parts)
+
+
+def save(folder: Path, checkpoint: Checkpoint, name: str | None = None, last: int = 2) -> Path:
+    """Write step-N/ (or `name`/) under `folder` and drop all but the newest `last` steps; returns its path.
 
     Raises OSError or SafetensorError where it cannot be written; what was there is then as it was.
     """
@@ -59,7 +65,7 @@ def save(folder: Path, checkpoint: Checkpoint, name: str | None = None) -> Path:
         }
         (beside / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
     # those of later steps were passed over as damaged: they do not count as the newest
-    for old in [step for step in saved_steps(folder) if step <= here][:-KEPT]:
+    for old in [step for step in saved_steps(folder) if step <= here][:-last]:
         shutil.rmtree(folder / f"step-{old}", ignore_errors=True)
     return target
 

@@ -64,6 +64,7 @@ class Work:
     rungs: frozenset[int] = frozenset()  # steps after which to evaluate as well
     patience: int | None = None
     save: Callable[[Progress], str | None] | None = None  # tells what went wrong, if anything did
+    save_aside: Callable[[Progress], str | None] | None = None  # the same beside the loop, where it goes on
     save_best: Callable[[Progress], str | None] | None = None
     save_steps: int | None = None
     save_seconds: float | None = None
@@ -97,7 +98,8 @@ def train(work: Work, progress: Progress) -> Iterator[StepRecord | EvalRecord]:
             ended = _is_stale(work, progress)
         stop, trouble = work.stop(), None
         if work.save and (stop or ended or _save_due(work, progress, saved_at)):
-            trouble = _save(work.save, progress)
+            goes_on = not stop and not ended
+            trouble = _save((goes_on and work.save_aside) or work.save, progress)
             saved_at = time.monotonic()
         if stop or (ended and work.stop()):
             raise _stopped(work, progress, trouble)
