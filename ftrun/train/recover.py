@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from ftrun.errors import RunFailed, is_out_of_memory
-from ftrun.memory.host import give_back
+from ftrun.memory.host import change_pages, give_back
 from ftrun.train.generators import random_state, restore_random
 from ftrun.values import Batch
 
@@ -82,6 +82,7 @@ def undoing(work: Work, micro_batches: Sequence[Batch], compute: Callable[[Seque
     drop_gradients(work)
     restore_random(before)
     gc.collect()
+    change_pages()  # pages that are kept come in pieces, which do not fit the next tensors
     give_back()
     raise Undone(noted.at, why or "in another process")
 
@@ -151,5 +152,6 @@ def halving(rows: int, compute: Callable[[int], T], say: Callable[[str], None]) 
             traceback.clear_frames(error.__traceback__)
         rows = (rows + 1) // 2
         gc.collect()
+        change_pages()
         give_back()
         say(f"warning: out of memory in an evaluation: it goes on with {rows} rows at once")
