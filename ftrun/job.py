@@ -21,6 +21,7 @@ from typing import Any
 from ftrun import early, schema
 from ftrun.errors import UserError, unknown
 from ftrun.schema import option
+from ftrun.secrets import hidden
 
 # a group's options live in the variant that `kind` names, in this package; or, where a group has one kind, in a module
 ROOMS = {
@@ -142,8 +143,8 @@ class Job:
         return hashlib.sha256(json.dumps(found, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def as_dict(self) -> dict[str, Any]:
-        """What job.yaml holds: the groups' choices, then the resolved tree."""
-        return {"choices": self.choices, **self.tree}
+        """What job.yaml holds: the groups' choices, then the resolved tree, its secrets hidden."""
+        return {"choices": self.choices, **hidden(self.tree)}
 
     def check(self) -> None:
         """Ask each part what is wrong on this machine, before anything heavy is imported. Raises UserError.

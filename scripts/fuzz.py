@@ -271,7 +271,7 @@ class Fuzz:
         name = self._changed(dice, self.sound / "checkpoints/step-1", "checkpoints/step-1")
         if dice.random() < 0.7:  # as if it had been saved so
             path = checkpoints / "step-1/state.json"
-            with contextlib.suppress(ValueError, AttributeError, OSError):
+            with contextlib.suppress(ValueError, AttributeError, OSError, TypeError):
                 state = json.loads(path.read_text())
                 state.pop("files", None)
                 path.write_text(json.dumps(state))

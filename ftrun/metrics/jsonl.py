@@ -104,7 +104,8 @@ def _flush(file: TextIO) -> None:
     """
     for _ in range(_TRIES):
         try:
-            return file.flush()
+            file.flush()
+            return
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise

@@ -9,7 +9,7 @@ import importlib.metadata
 import json
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,9 @@ from ftrun import assemble
 from ftrun.early import check_devices
 from ftrun.errors import DoesNotFit, RunFailed, UserError
 from ftrun.evals.answer import answer, asked, prompt_ids
-from ftrun.evals.held_out import evaluate
 from ftrun.job import Job
 from ftrun.kernels import compiled
-from ftrun.memory import host
-from ftrun.memory.device import SHARE, Device
+from ftrun.memory.device import Device
 from ftrun.memory.events import allocations, resident_bytes
 from ftrun.memory.host import change_pages, few_arenas, keep_pages
 from ftrun.memory.measure import Meter
@@ -37,11 +35,11 @@ from ftrun.planning.keeping import FOLDER
 from ftrun.runs import Run, read_json, write_json
 from ftrun.tasks.judging import Judge
 from ftrun.tasks.keep import Keeper
+from ftrun.tasks.room import Evaluations, copies, room_of
 from ftrun.tasks.shared import Shared, Watch
 from ftrun.train.interrupt import stop_requests
 from ftrun.train.kept import InMemory, KeptLoss, KeptRows, OnDisk
 from ftrun.train.loop import Progress, train
-from ftrun.train.recover import Room, halving
 from ftrun.values import Batch, EvalRecord, StepRecord
 
 
@@ -168,7 +166,7 @@ class Session:
             "process_peak_bytes": meter.measures,
         }
 
-        room = work.room = self._room()
+        room = work.room = room_of(self)
 
         def batches(start: int) -> Iterator[list[Batch]]:
             rows = room.micro_batch  # as it is now: a thread makes them
@@ -184,44 +182,17 @@ class Session:
         work.batches, work.watch, work.skips, work.say = batches, self._watch, job.skip_nonfinite, self.console.say
         work.save_steps, work.save_seconds = job.save_interval()
         work.save = lambda progress: self.keeper.save(work.optimiser, progress)
-        if self._copies():
+        if copies(self):
             work.save_aside = lambda progress: self.keeper.save_aside(work.optimiser, progress)
         if options.evaluates and len(self.corpus.held_out):
-            work.evaluate = self._evaluate
-            self.held_rows, self.held_out = self.settled.micro_batch, dict[int, Sequence[Batch]]()
+            evaluations = Evaluations(self)
+            work.evaluate = lambda step: _sound(evaluations.at(step))
             work.evaluate_every, work.patience = options.every, options.patience
             work.rungs = self.watch.rungs
             if options.keep_best:
                 work.save_best = lambda progress: self.keeper.save(work.optimiser, progress, "best")
 
-    def _copies(self) -> bool:
-        """Whether memory has room for a checkpoint's copy: beside the planned peak, or on a GPU's host."""
-        if self.device.type == "cpu":
-            return self.settled.plan.copies
-        return self.settled.plan.checkpoint_copy_bytes < SHARE["cpu"] * host.memory()[1]
-
-    def _room(self) -> Room:
-        """What a step computes at once: as settled, or as an earlier part of the run came to for want of memory."""
-        settled, before, every = self.settled, self.progress.recoveries, assemble.decoder(self.parts)
-        found = before[-1] if before else {"micro_batch": settled.micro_batch, "recomputed": settled.recomputed}
-        room = Room(
-            micro_batch=min(found["micro_batch"], settled.micro_batch),
-            recomputed=max(found["recomputed"], settled.recomputed),
-            layers=len(every) - assemble.frozen_below(self.parts),
-            recompute=lambda layers: assemble.recompute_first(self.parts, layers),
-            changed=self._keep_no_more,
-            say=self.console.say,
-            where=self.corpus.train.where,
-        )
-        if before:
-            room.recompute(room.recomputed)
-            self.console.say(
-                f"memory ran out in step {before[-1]['step']}: goes on with {room.micro_batch} rows at once, "
-                f"{room.recomputed} layers recomputed"
-            )
-        return room
-
-    def _keep_no_more(self) -> None:
+    def keep_no_more(self) -> None:
         """Where memory is short the store is let go: its groups of rows were those of the larger micro-batch."""
         if self.kept is None:
             return
@@ -229,18 +200,6 @@ class Session:
         self.kept.store.close()
         self.kept = None
         self.console.say("keep_prefix: no longer: memory was short")
-
-    def _evaluate(self, step: int) -> EvalRecord:
-        """The held-out loss, in batches of the micro-batch's rows, or fewer where memory is short."""
-
-        def found(rows: int) -> EvalRecord:
-            if rows not in self.held_out:
-                of = (self.job, self.corpus, self.options.rows, rows, self.pad_id)
-                self.held_out[rows] = assemble.evaluation_batches(*of)
-            return evaluate(self.work.model, self._loss, self.held_out[rows], step)
-
-        record, self.held_rows = halving(self.held_rows, found, self.console.say)
-        return _sound(record)
 
     def _keep_prefix(self, run: Run) -> None:
         """Training takes what the frozen layers give its rows from a store; evaluations run the whole model."""

@@ -19,7 +19,18 @@ if TYPE_CHECKING:
     from ftrun.tasks.shared import Shared, Watch
 
 # what a disk or its owner refuses; other errors of the system are not the run folder's
-_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE)
+_REFUSALS: tuple[int, ...] = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EIO,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ESTALE,
+)
+# and a file system that cannot rename, or not within itself
+_REFUSALS += (errno.ENOTSUP, errno.ENOSYS, errno.EXDEV)
 
 
 def run(job: Job) -> int:

@@ -103,6 +103,8 @@ def load(path: Path) -> Checkpoint:
         if parts["random"]["cpu"].shape != torch.get_rng_state().shape:
             raise ValueError("random.safetensors holds no generator's state")
         belongs = dict(state.get("belongs") or {})
+        if not all(isinstance(digest, str) for digest in belongs.values()):
+            raise ValueError("state.json names nothing that it belongs to")
         return Checkpoint(progress, optimiser_meta=state["optimiser"], belongs=belongs, **parts)
     except KeyError as error:
         raise UserError(f"{path}: the checkpoint is damaged: it lacks {error}") from error

@@ -21,7 +21,16 @@ from ftrun.errors import UserError
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 # what nonsense in a header comes to: lengths beyond the file, counts beyond memory, lists of lists without an end
-_DAMAGE = (struct.error, IndexError, KeyError, UnicodeDecodeError, OverflowError, MemoryError, RecursionError, TypeError)
+_DAMAGE = (
+    struct.error,
+    IndexError,
+    KeyError,
+    UnicodeDecodeError,
+    OverflowError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+)
 
 
 class GGUF:
