@@ -8,6 +8,7 @@ import pickle
 import shutil
 import socket
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from ftrun import cli
 from ftrun.kernels import compiled
 from ftrun.runs import cache_dir
 from ftrun.tasks import train as task
-from tests.forked import Forks
+from tests.forked import ROOT, Forks
 from tests.jobs import overrides, tiny_base, tiny_job, write_rows
 
 LORA = ("method=lora", "rank=4", "lr=1e-2", "steps=2", "eval=none", "save_every=1")
@@ -135,8 +136,6 @@ def test_secrets_reach_no_file_and_no_message(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux's mount")
 def test_a_cache_that_is_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Mounted read-only, so that it holds for root as well: the run goes without it, or says so in one line."""
-    import subprocess
-
     cache = tmp_path / "cache"
     cache.mkdir()
     if subprocess.run(
@@ -164,15 +163,19 @@ def test_a_clock_that_jumps_moves_no_checkpoint(tmp_path: Path, monkeypatch: pyt
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-3"]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("mlflow") is None, reason="mlflow is not installed")
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
 def test_a_server_that_takes_calls_and_never_answers(tmp_path: Path) -> None:
     """A tracker's network hangs: the run trains, ends and leaves in time, and says that it did without."""
     words = overrides(tiny_base(tmp_path / "llama"), write_rows(tmp_path / "rows.jsonl"), *LORA, f"out={tmp_path}/run")
-    with socket.create_server(("127.0.0.1", 0)) as server, Forks() as forks:
+    with socket.create_server(("127.0.0.1", 0)) as server:
         server.listen(50)
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
-        ended = forks.run(*words, "log=mlflow", env={"MLFLOW_TRACKING_URI": address})
-    assert ended.code == 0, ended.said
-    assert "mlflow: still not done after" in ended.said
-    assert ended.seconds < 60
+        env = {"WANDB_MODE": "online", "WANDB_BASE_URL": address, "WANDB_API_KEY": "0" * 40, "WANDB_DIR": str(tmp_path)}
+        command = [sys.executable, "-m", "ftrun", *words, "log=wandb"]
+        done = subprocess.run(
+            command, cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, check=False, timeout=240
+        )
+    assert done.returncode == 0, done.stderr
+    assert "wandb: still not done after" in done.stdout
+    assert "finished: 2 steps" in done.stdout
     assert (tmp_path / "run/adapter/adapter_model.safetensors").is_file()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ COUNT = 200
 
 
 @pytest.fixture(scope="module")
-def fuzzing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    yield fuzz.Fuzz(tmp_path_factory.mktemp("fuzz"), cache_dir())
+def fuzzing(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return fuzz.Fuzz(tmp_path_factory.mktemp("fuzz"), cache_dir())
 
 
 @pytest.mark.parametrize("surface", fuzz.SHARES)
