@@ -7,7 +7,13 @@ import errno
 from collections.abc import Iterable
 
 # how allocators say it: CUDA's, the CPU's, the libraries' of CUDA, C++, oneDNN (which tells no more)
-_SHORT = ("out of memory", "can't allocate memory", "not enough memory", "_ALLOC_FAILED", "std::bad_alloc")
+_SHORT: tuple[str, ...] = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "_ALLOC_FAILED",
+    "std::bad_alloc",
+)
 _SHORT += ("could not create a primitive", "could not execute a primitive", "could not create a memory object")
 
 
