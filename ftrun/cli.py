@@ -12,6 +12,7 @@ try:
     from typing import Any
 
     from ftrun.errors import Interrupted, RunFailed, UserError, unknown
+    from ftrun.secrets import hide
     from ftrun.train.interrupt import terminable
 except KeyboardInterrupt:  # before `main` could answer it
     print("ftrun: interrupted", file=sys.stderr)
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UserError, RunFailed, Interrupted) as error:
         if debug:
             raise
-        print(f"ftrun: {error}", file=sys.stderr)
+        print(f"ftrun: {hide(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         if debug:

@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
+
+# how allocators say it: CUDA's, the CPU's, the libraries' of CUDA, C++, oneDNN (which tells no more)
+_SHORT: tuple[str, ...] = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "_ALLOC_FAILED",
+    "std::bad_alloc",
+)
+_SHORT += ("could not create a primitive", "could not execute a primitive", "could not create a memory object")
 
 
 class UserError(ValueError):
@@ -28,6 +39,13 @@ class Interrupted(RuntimeError):
     """The user or the scheduler stopped the run; a checkpoint is saved. Exit code 130."""
 
     exit_code = 130
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator, Python's, the system's or torch's on any device, could not give what was asked."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _SHORT)
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

@@ -21,6 +21,7 @@ from typing import Any
 from ftrun import early, schema
 from ftrun.errors import UserError, unknown
 from ftrun.schema import option
+from ftrun.secrets import hidden
 
 # a group's options live in the variant that `kind` names, in this package; or, where a group has one kind, in a module
 ROOMS = {
@@ -39,7 +40,18 @@ STUDY_ROOMS = {"search": "ftrun.studies.search", "launcher": "ftrun.studies.laun
 # keys of a study that stand for an option of its search
 STUDY_KEYS = {"budget": "search.budget", "trials": "search.trials"}
 # where and how a run is watched is not what it computes
-_PLACES = ("name", "out", "resume", "refuse", "allow_drift", "debug", "log", "save_every", "max_restarts")
+_PLACES = (
+    "name",
+    "out",
+    "resume",
+    "refuse",
+    "allow_drift",
+    "debug",
+    "log",
+    "save_every",
+    "save_last",
+    "max_restarts",
+)
 _ROOT = Path(__file__).parent
 
 
@@ -116,6 +128,12 @@ class Job:
         pattern=r"\d+(\.\d+)?(s|min|h)",
         form="steps as 50, time as 90s, 10min or 2h, or null: only at the end and when stopped",
     )
+    save_last: int = option(2, "the newest checkpoints that are kept, beside the best one", ge=1)
+    skip_nonfinite: int = option(
+        3,
+        "steps in all whose update is skipped because their loss or gradients are not finite; one more ends the run",
+        ge=0,
+    )
     name: str | None = option(
         None,
         "the run's name; by default method, rank and the time",
@@ -146,8 +164,8 @@ class Job:
         return hashlib.sha256(json.dumps(found, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def as_dict(self) -> dict[str, Any]:
-        """What job.yaml holds: the groups' choices, then the resolved tree."""
-        return {"choices": self.choices, **self.tree}
+        """What job.yaml holds: the groups' choices, then the resolved tree, its secrets hidden."""
+        return {"choices": self.choices, **hidden(self.tree)}
 
     def check(self) -> None:
         """Ask each part what is wrong on this machine, before anything heavy is imported. Raises UserError.

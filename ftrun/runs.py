@@ -40,6 +40,8 @@ _FREE = {
     "log",
     "choices.log",
     "save_every",
+    "save_last",
+    "skip_nonfinite",
     "steps",
     "epochs",
 }
@@ -188,7 +190,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON: {error}") from error
 
 
@@ -287,7 +289,7 @@ def _check_run(path: Path, job: Mapping[str, Any], resume: str) -> dict[str, Any
         raise UserError(f"out={path}: a run lies there and resume=never; name another folder, or resume=auto")
     try:
         there = yaml.safe_load(held.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{held}: not readable as YAML; name another out") from error
     if not isinstance(there, dict):
         raise UserError(f"{held}: expected a mapping, found {type(there).__name__}; name another out")

@@ -121,6 +121,7 @@ class StepRecord:
     mem_allocated: int  # bytes
     mem_peak: int  # bytes
     seconds: float
+    skipped: bool = False  # its loss or gradients were not finite: no weight was changed
 
 
 @dataclass(frozen=True)

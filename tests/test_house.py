@@ -23,7 +23,7 @@ FLOORS = {
     **dict.fromkeys(("assemble", "stepping", "planning", "train"), 2),
     **dict.fromkeys(("models", "methods", "memory", "data", "optim", "metrics", "evals", "report"), 1),
     **dict.fromkeys(("errors", "schema", "values", "selection", "job", "shell", "groups", "replay", "compose"), 0),
-    **dict.fromkeys(("runs", "lock", "early", "beside", "dialogue", "kernels", "__init__"), 0),
+    **dict.fromkeys(("runs", "lock", "secrets", "early", "beside", "dialogue", "kernels", "__init__"), 0),
 }
 LINES, BODY = 400, 60
 

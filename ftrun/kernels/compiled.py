@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from ftrun.errors import is_out_of_memory
 from ftrun.runs import cache_dir
 
 _SOURCES = Path(__file__).parent / "native"
@@ -128,19 +129,32 @@ def on_cuda(plain: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.cache
     def compiled() -> list[Callable[..., Any]]:
+        compilers_cache()
         return [torch.compile(plain, dynamic=True)]
 
     def run(*args: Any) -> Any:
         try:
             return compiled()[0](*args)
         except Exception as error:  # Triton without a C compiler, say: the same operations, one after another
-            if compiled()[0] is plain:
+            if compiled()[0] is plain or is_out_of_memory(error):
                 raise
             warnings.warn(f"{plain.__name__}: not compiled for CUDA, slower: {error}".splitlines()[0], stacklevel=2)
             compiled()[0] = plain
             return plain(*args)
 
     return functools.wraps(plain)(run)
+
+
+def compilers_cache() -> Path:
+    """Where torch's compiler keeps what it made: a folder of ours that the user alone may enter, for it holds pickles
+    and code, and reads them back. A place that the user has named by TORCHINDUCTOR_CACHE_DIR stays theirs.
+    """
+    path = Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compile")))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(path / "triton"))
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if path == cache_dir() / "compile":
+        path.chmod(0o700)
+    return path
 
 
 def _built() -> Path:
@@ -153,7 +167,7 @@ def _built() -> Path:
     sources = sorted(_SOURCES.glob("*.cpp"))
     path = cache_dir() / "kernels" / f"{_digest(compiler)}.so"
     if not path.is_file():
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(mode=0o700, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as aside:
             made = Path(aside) / "kernels.so"
             command = [*compiler.split(), *_flags(), *map(str, sources), "-o", str(made)]

@@ -130,10 +130,20 @@ class LowRank(base.Tuner[L]):
 
     def _resolved(self, config: Mapping[str, Any], key: str, default: float) -> dict[str, float]:
         """PEFT's patterns for the selected sites; there, an entry may fit none."""
+        patterns = config.get(key) or {}
+        numbers = [default, *patterns.values()] if isinstance(patterns, Mapping) else []
+        if not numbers or not all(isinstance(n, int | float) and 0 < n < 1e9 for n in numbers):
+            raise UserError(
+                f"adapter: rank, alpha or {key}: expected numbers above 0, found {[default, patterns]!r:.120}"
+            )
         found = {site.name: default for site in self._sites}
         for site in self._sites:
-            for entry, value in (config.get(key) or {}).items():
-                if re.match(rf"(.*\.)?({entry})$", site.name):
+            for entry, value in patterns.items():
+                try:
+                    fits = re.match(rf"(.*\.)?({entry})$", site.name)
+                except re.error as error:
+                    raise UserError(f"adapter: {key}: {entry!r:.60} is no pattern: {error}") from error
+                if fits:
                     found[site.name] = value
                     break
         return found

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ftrun.metrics import wording
+from ftrun.secrets import hide
 from ftrun.values import EvalRecord, StepRecord
 
 _LABEL = 8  # characters of a row's label in the job's table
@@ -60,7 +61,7 @@ class Console:
     def start(self, job: dict[str, Any], run: Path) -> None:
         """Open log.txt (what was said before comes first in it)."""
         self._run = run
-        self._log = (run / "log.txt").open("a", encoding="utf-8")
+        self._log = (run / "log.txt").open("a", encoding="utf-8", errors="backslashreplace")
         self._log.writelines(f"{line}\n" for line in self._early)
         self._early.clear()
         if not self._shown:
@@ -89,7 +90,7 @@ class Console:
 
     def say(self, text: str) -> None:
         """A line, or several, above the live one."""
-        for line in text.splitlines():
+        for line in hide(text).splitlines():
             self._record(line)
             self._write(line)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
@@ -12,6 +14,8 @@ from typing import Any, TextIO
 
 from ftrun.runs import finite
 from ftrun.values import EvalRecord, StepRecord
+
+_TRIES, _PAUSE = 10, 0.2  # seconds
 
 
 class JsonLines:
@@ -89,9 +93,24 @@ def _write(file: TextIO | None, row: dict[str, Any]) -> None:
     assert file is not None, "a record came before the sink was started"
     try:
         file.write(_line(row) + "\n")
-        file.flush()
+        _flush(file)
     except OSError as error:
         raise OSError(error.errno, error.strerror, file.name) from error
+
+
+def _flush(file: TextIO) -> None:
+    """What a full disk does not take stays in the buffer, and is tried again: a checkpoint that fills the disk while it
+    is being written is taken away when it fails.
+    """
+    for _ in range(_TRIES):
+        try:
+            file.flush()
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            time.sleep(_PAUSE)
+    file.flush()
 
 
 def _line(row: dict[str, Any]) -> str:

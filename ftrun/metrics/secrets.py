@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
-HIDDEN = "***"
-_KEYS = re.compile(r"(^|[_.-])(token|api_?key|access_?key|secret|password|passwd|credentials?)$", re.IGNORECASE)
-_VALUES = re.compile(r"(?<=://)[^/@\s]+(?=@)|\bhf_[A-Za-z0-9]{20,}\b")
+from ftrun.secrets import HIDDEN, KEYS, hide
 
 
 def flat(job: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -19,9 +16,9 @@ def flat(job: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             made.update(flat(value, f"{name}."))
         elif value is not None:
-            made[name] = HIDDEN if _KEYS.search(str(key)) else _plain(value)
+            made[name] = HIDDEN if KEYS.search(str(key)) else _plain(value)
     return made
 
 
 def _plain(value: Any) -> Any:
-    return value if isinstance(value, bool | int | float) else _VALUES.sub(HIDDEN, str(value))
+    return value if isinstance(value, bool | int | float) else hide(str(value))

@@ -130,6 +130,10 @@ def closing(result: Mapping[str, Any]) -> list[str]:
     ]
     lines += [f"held-out {', '.join(pairs)}"] if pairs else []
     lines += _kept_and_lost(result)
+    saves = result.get("checkpoints") or {}
+    if saves.get("saved"):
+        share = saves["waited_seconds"] / max(result.get("seconds") or 0.0, 1e-9)
+        lines.append(f"checkpoints: {saves['saved']}, training waited {clock(saves['waited_seconds'])} ({share:.1%})")
     memory = result.get("memory") or {}
     planned, measured = memory.get("planned_peak_bytes"), memory.get("measured_peak_bytes")
     if planned and measured:

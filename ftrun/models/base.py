@@ -222,8 +222,9 @@ class Base:
             self._settle(folder)
         try:
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=self.options.trust_remote_code)
-        except (ValueError, TypeError, KeyError, OSError, ImportError, AttributeError) as error:
-            raise UserError(f"{folder}: the tokenizer cannot be read: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # the tokenizers' own reader raises no other kind
+            why = " ".join(str(error).split())[:300] or type(error).__name__
+            raise UserError(f"{folder}: the tokenizer cannot be read: {why}") from error
 
     def _add_tokens(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
         known = tokenizer.get_vocab()

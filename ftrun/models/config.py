@@ -47,10 +47,11 @@ def from_folder(folder: Path, facts: dict[str, Any], trusted: bool) -> Pretraine
 def check_family(facts: dict[str, Any], where: Path, trusted: bool) -> None:
     """Raises UserError unless config.json describes a text-only causal language model that can be built here."""
     family, remote = facts.get("model_type"), bool(facts.get("auto_map"))
-    if family not in CONFIG_MAPPING and remote and trusted:
+    if isinstance(family, str) and family not in CONFIG_MAPPING and remote and trusted:
         return
-    if family is None:
-        raise UserError(f"{where}: model_type is missing: not a transformers model")
+    if not isinstance(family, str):
+        found = "missing" if family is None else f"{family!r:.60}"
+        raise UserError(f"{where}: model_type is {found}: not a transformers model")
     if family not in CONFIG_MAPPING and remote:
         raise UserError(
             f"{where}: {family} runs on Python code that comes with the model. Read that code; if you trust it,"
@@ -70,6 +71,8 @@ def check_quantised(facts: dict[str, Any], where: Path) -> dict[str, Any] | None
     scheme = facts.get("quantization_config")
     if not scheme:
         return None
+    if not isinstance(scheme, dict):
+        raise UserError(f"{where}: quantization_config: expected an object, found {scheme!r:.60}")
     kind = scheme.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in scheme else "unknown")
     if kind == "bitsandbytes" and (scheme.get("load_in_4bit") or scheme.get("_load_in_4bit")):
         return dict(scheme)
@@ -84,6 +87,8 @@ def check_quantised(facts: dict[str, Any], where: Path) -> dict[str, Any] | None
 def _check_architecture(facts: dict[str, Any], where: Path) -> None:
     """A classifier or a bare encoder has a decoder's model_type at times: its `architectures` tell."""
     names = facts.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{where}: architectures: expected a list of names, found {names!r:.60}")
     known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     if names and not any(n in known or n.endswith(("ForCausalLM", "LMHeadModel")) for n in names):
         wanted = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[facts["model_type"]]

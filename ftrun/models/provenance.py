@@ -65,8 +65,9 @@ def drifts(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[Drift]:
 
     Raises UserError where the record is none.
     """
-    base, here = recorded.get("base"), now["base"]
-    if not isinstance(base, Mapping) or not isinstance(recorded.get("tensors", {}), Mapping):
+    known = recorded if isinstance(recorded, Mapping) else {}
+    base, here = known.get("base"), now["base"]
+    if not isinstance(base, Mapping) or not isinstance(known.get("tensors", {}), Mapping):
         raise UserError(f"{FILE}: expected a record with the base's facts in `base`, found none")
     found = [_revision(base, here), _weights(recorded, now), _quantisation(recorded, now)]
     for key, remedy in (

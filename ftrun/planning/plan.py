@@ -60,11 +60,19 @@ class Plan:
     on_top: dict[str, int]  # what no tensor holds: words -> bytes; not in peak_bytes
     device: dict[str, Any]
     fits: bool
+    # a checkpoint's copy on the host while it is written; on a CPU made only where it fits beside the peak, and in no
+    # other figure
+    checkpoint_copy_bytes: int = 0
 
     @property
     def needed_bytes(self) -> int:
         """What the device itself must hold: paged state can leave it."""
         return self.peak_bytes - self.paged_bytes
+
+    @property
+    def copies(self) -> bool:
+        """On a CPU: whether a checkpoint's copy fits beside the peak."""
+        return bool(self.needed_bytes + self.checkpoint_copy_bytes <= self.device["usable_bytes"])
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON-able values."""
@@ -110,6 +118,7 @@ def plan(
         on_top={"CUDA's context": device.context_bytes} if device.type == "cuda" else {},
         device={**dataclasses.asdict(device), "usable_bytes": device.usable_bytes},
         fits=peak.peak.total - lived.paged <= device.usable_bytes,
+        checkpoint_copy_bytes=twin.file_bytes + lived.steady.by_role["optimizer"],
     )
 
 

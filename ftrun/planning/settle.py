@@ -12,10 +12,12 @@ import numpy as np
 
 from ftrun import assemble, stepping
 from ftrun.data.load import Corpus
+from ftrun.errors import UserError
 from ftrun.job import Job
 from ftrun.memory.device import Device
 from ftrun.planning.plan import Kept, Plan, plan
 from ftrun.planning.twin import Twin
+from ftrun.runs import read_json, saved_steps
 from ftrun.values import Batch
 
 ENOUGH = 2048  # tokens at once beyond which more of them no longer make a device faster
@@ -87,6 +89,24 @@ def settle(
         return tries[rows, layers]
 
     return _choose(row_counts(job), layer_counts(job, twin.graphs), attempt)
+
+
+def as_before(job: Job, out: Path) -> Job:
+    """The job with the rows at once and the recomputed layers of the run in `out`, where they are auto.
+
+    What is free differs from hour to hour, and other rows at once give other last bits.
+    """
+    try:
+        found = (read_json(out / "plan.json") or {}) if saved_steps(out / "checkpoints") else {}
+        rows, layers = found.get("micro_batch"), found.get("checkpointing")
+    except (UserError, AttributeError):
+        return job
+    same: dict[str, int] = {}
+    if job.micro_batch == "auto" and isinstance(rows, int) and rows > 0 and job.batch % (rows * job.devices) == 0:
+        same["micro_batch"] = rows
+    if job.checkpointing == "auto" and isinstance(layers, int) and layers >= 0:
+        same["checkpointing"] = layers
+    return dataclasses.replace(job, **same) if same else job  # type: ignore[arg-type]
 
 
 def planned(

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ftrun import assemble
+from ftrun.errors import is_out_of_memory
 from ftrun.evals import latency, retention
 from ftrun.evals.answer import prompt_ids, room_for
 from ftrun.memory.device import SHARE, resolve
 from ftrun.models.forward import attention
 from ftrun.tasks.base_text import Subject, base_text
-from ftrun.tasks.train import is_out_of_memory
 
 if TYPE_CHECKING:
     from ftrun.tasks.session import Session

@@ -20,7 +20,9 @@ from ftrun.methods.files import save_adapter
 from ftrun.optim import state as optimiser_state
 from ftrun.runs import Run, aside, listed, write_json
 from ftrun.train import checkpoint
+from ftrun.train.aside import Aside
 from ftrun.train.checkpoint import Checkpoint
+from ftrun.train.generators import random_state, restore_random
 from ftrun.train.loop import Progress, Work
 from ftrun.train.parallel import full, gathered
 from ftrun.train.ranks import Ranks
@@ -29,8 +31,9 @@ from ftrun.train.ranks import Ranks
 class Keeper:
     """belongs: what the run's weights belong to, by hash; a checkpoint that belongs to another is refused."""
 
-    def __init__(self, run: Run, parts: Sketch, corpus: Corpus, say: Callable[[str], None]) -> None:
-        self.run, self.parts, self.say = run, parts, say
+    def __init__(self, run: Run, parts: Sketch, corpus: Corpus, say: Callable[[str], None], last: int = 2) -> None:
+        self.run, self.parts, self.say, self.last = run, parts, say, last
+        self._writing, self._of = Aside(), 0
         self.belongs = {"base": parts.base.hash(), "data": fingerprint(corpus)}
 
     def found(self, resume: str) -> Checkpoint | None:
@@ -57,7 +60,7 @@ class Keeper:
             optimiser_state.restore(work.optimiser, tensors, meta)
         except ValueError as error:
             raise UserError(f"{self.run.checkpoints}: {error}") from error
-        checkpoint.restore_random(found.random)
+        restore_random(found.random)
 
     def load_trained(self, tensors: dict[str, torch.Tensor]) -> None:
         """Trained weights into the model."""
@@ -77,33 +80,52 @@ class Keeper:
 
         Of several ranks all take part, and the first one writes.
         """
-        trained = {key: full(tensor) for key, tensor in self.parts.tuner.state(self.parts.model).items()}
-        tensors, meta = work.parallel.joined(*optimiser_state.flatten(work.optimiser))
-        trouble = self._save(trained, tensors, meta, progress, name) if work.ranks.first else None
+        state, trouble = self._state(work, progress), None
+        if work.ranks.first:
+            self.finish()
+            try:
+                checkpoint.save(self.run.checkpoints, state, name, self.last)
+            except (OSError, SafetensorError) as error:
+                trouble = self._not_saved(name or f"step-{progress.step}", progress.step, error)
         # all ranks go on, or none
         return trouble or ("the first rank could not write it" if work.ranks.any(trouble is not None) else None)
 
-    def _save(
-        self,
-        trained: dict[str, torch.Tensor],
-        tensors: dict[str, torch.Tensor],
-        meta: dict[str, Any],
-        progress: Progress,
-        name: str | None,
-    ) -> str | None:
+    def save_aside(self, work: Work, progress: Progress) -> str | None:
+        """A checkpoint from a copy, written while training goes on; `tell` or `finish` says what went wrong with it."""
+        state = self._state(work, progress)
+        if not work.ranks.first:
+            return None
+        self.finish()
+        state = checkpoint.copied(state)
+        self._of = progress.step
+        self._writing.begin(lambda: checkpoint.save(self.run.checkpoints, state, last=self.last))
+        return None
+
+    def tell(self) -> None:
+        """Say what went wrong with a checkpoint, where it is done. Waits for none."""
+        if not self._writing.busy:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written; say what went wrong with it."""
+        error = self._writing.finish()
+        if error is not None:
+            self._not_saved(f"step-{self._of}", self._of, error)
+
+    def _not_saved(self, name: str, step: int, error: Exception) -> str:
+        trouble = f"{self.run.checkpoints / name}: {reason(error)}"
+        self.say(f"WARNING: NO CHECKPOINT of step {step}: {trouble}. The run goes on without it")
+        return trouble
+
+    def _state(self, work: Work, progress: Progress) -> Checkpoint:
+        trained = {key: full(tensor) for key, tensor in self.parts.tuner.state(self.parts.model).items()}
         for key, tensor in trained.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise RunFailed(
                     f"step {progress.step}: {key} is no longer finite; a lower lr may help. Nothing is saved"
                 )
-        state = Checkpoint(progress, trained, tensors, meta, checkpoint.random_state(), self.belongs)
-        try:
-            checkpoint.save(self.run.checkpoints, state, name)
-        except (OSError, SafetensorError) as error:
-            trouble = f"{self.run.checkpoints / (name or f'step-{progress.step}')}: {reason(error)}"
-            self.say(f"WARNING: NO CHECKPOINT of step {progress.step}: {trouble}. The run goes on without it")
-            return trouble
-        return None
+        tensors, meta = work.parallel.joined(*optimiser_state.flatten(work.optimiser))
+        return Checkpoint(progress, trained, tensors, meta, random_state(), self.belongs)
 
     def hand_over(self, provenance: Mapping[str, Any], ranks: Ranks = Ranks()) -> None:  # noqa: B008 (frozen)
         """adapter/ with its provenance, or model/ where the base itself was trained: whole, or not at all.

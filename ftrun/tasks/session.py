@@ -20,7 +20,6 @@ from ftrun import assemble, stepping
 from ftrun.early import check_devices
 from ftrun.errors import DoesNotFit, RunFailed, UserError
 from ftrun.evals.answer import answer, asked, prompt_ids
-from ftrun.evals.held_out import evaluate
 from ftrun.job import Job
 from ftrun.kernels import compiled
 from ftrun.memory.device import Device
@@ -37,6 +36,7 @@ from ftrun.planning.settle import Settled
 from ftrun.runs import Run, read_json, write_json
 from ftrun.tasks.judging import Judge
 from ftrun.tasks.keep import Keeper
+from ftrun.tasks.room import Evaluations, copies, room_of
 from ftrun.tasks.shared import Shared, Watch
 from ftrun.train.interrupt import stop_requests
 from ftrun.train.kept import InMemory, KeptLoss, KeptRows, OnDisk
@@ -118,7 +118,7 @@ class Session:
     def train(self, run: Run) -> dict[str, Any]:
         """Weights, evaluation, the loop, evaluation, the adapter; returns what result.json holds."""
         torch_device = assemble.torch_device(self.device)
-        self.keeper = Keeper(run, self.parts, self.corpus, self.console.say)
+        self.keeper = Keeper(run, self.parts, self.corpus, self.console.say, self.job.save_last)
         found = self.keeper.found(self.job.resume)
         self._start(run, found.progress.step if found else None)
         torch.manual_seed(self.job.seed)
@@ -158,6 +158,8 @@ class Session:
     def close(self, run: Run, outcome: dict[str, Any] | None) -> None:
         """result.json, then the sinks, whatever happened."""
         try:
+            if hasattr(self, "keeper"):
+                self.keeper.finish()
             if outcome is not None and self.ranks.first:
                 write_json(run.path / "result.json", outcome)
         finally:
@@ -193,30 +195,47 @@ class Session:
             "process_peak_bytes": meter.measures,
         }
 
-        def make(step: int) -> list[Batch]:
-            made = stepping.step_batches(job, self.corpus, self.settled.micro_batch, self.pad_id, step, self.ranks.rank)
-            if self.kept is not None:
-                self.kept.ahead(made)
-            return made
+        room = room_of(self)
+        # ranks wait for one another within a step: one that is undone alone would leave the others waiting
+        work.room = room if self.ranks.alone else None
 
-        work.batches = lambda start: stepping.prefetched(make, start, self.total)
-        work.watch = self._watch
+        def batches(start: int) -> Iterator[list[Batch]]:
+            rows = room.micro_batch  # as it is now: a thread makes them
+
+            def make(step: int) -> list[Batch]:
+                made = stepping.step_batches(job, self.corpus, rows, self.pad_id, step, self.ranks.rank)
+                if (kept := self.kept) is not None:
+                    kept.ahead(made)
+                return made
+
+            return stepping.prefetched(make, start, self.total)
+
+        work.batches, work.watch, work.skips, work.say = batches, self._watch, job.skip_nonfinite, self.console.say
         work.save_steps, work.save_seconds = job.save_interval()
         work.save = lambda progress: self.keeper.save(work, progress)
+        if copies(self):
+            work.save_aside = lambda progress: self.keeper.save_aside(work, progress)
         if options.evaluates and len(self.corpus.held_out):
-            held_out = stepping.evaluation_batches(
-                job, self.corpus, options.rows, self.settled.micro_batch, self.pad_id, self.ranks
-            )
-            work.evaluate = lambda step: _sound(evaluate(work.model, self._loss, held_out, step, self.ranks.sums))
+            evaluations = Evaluations(self)
+            work.evaluate = lambda step: _sound(evaluations.at(step))
             work.evaluate_every, work.patience = options.every, options.patience
             work.rungs = self.watch.rungs
             if options.keep_best:
                 work.save_best = lambda progress: self.keeper.save(work, progress, "best")
 
+    def keep_no_more(self) -> None:
+        """Where memory is short the store is let go: its groups of rows were those of the larger micro-batch."""
+        if self.kept is None:
+            return
+        self.work.loss = self.whole_loss
+        self.kept.store.close()
+        self.kept = None
+        self.console.say("keep_prefix: no longer: memory was short")
+
     def _keep_prefix(self, run: Run) -> None:
         """Training takes what the frozen layers give its rows from a store; evaluations run the whole model."""
         self.whole_loss, where = self.work.loss, self.settled.kept.where
-        if where == "none":
+        if where == "none" or self.progress.recoveries:
             return
         settled, job = self.settled, self.job
         facts = {**self.keeper.belongs, "quantisation": self.parts.quantiser.scheme(), "device": self.device.type}
@@ -239,12 +258,14 @@ class Session:
     @contextlib.contextmanager
     def _watch(self, step: int) -> Iterator[None]:
         """Measure the step that the plan was made for: by the allocator's own events, on CUDA by its statistics."""
-        if step != self.settled.largest_step or step == 0:  # in the first step the optimiser has no state yet
+        # in the first step the optimiser has no state yet; with fewer rows at once it is not the planned one
+        if step != self.settled.largest_step or step == 0 or self.progress.recoveries:
             yield
         elif self.device.type == "cuda":
             yield  # the loop has reset the statistics at the step's start; paged state is not among them
             self._note_measured(self.settled.plan.needed_bytes, torch.cuda.max_memory_allocated())
         else:
+            self.keeper.finish()  # its copy is not of the step
             gc.collect()  # what the steps before left would be freed within this one, unseen by the profiler
             resident = resident_bytes(self._residents())
             with allocations() as seen:
@@ -327,6 +348,7 @@ class Session:
         return {"prompt": options.prompt or asked(ids, tokenizer), "answer": text}
 
     def _record(self, record: StepRecord | EvalRecord) -> None:
+        self.keeper.tell()
         for sink in self.sinks:
             if isinstance(record, StepRecord):
                 sink.step(record)
@@ -356,6 +378,9 @@ class Session:
             "tokens_per_s": progress.tokens / progress.seconds if progress.seconds else None,
             "loss_first": progress.loss_first,
             "loss_last": progress.loss_last,
+            "recoveries": progress.recoveries,
+            "skipped": progress.skipped,
+            "checkpoints": {"saved": progress.saves, "waited_seconds": progress.save_seconds},
             "eval": {when: _figures(found) for when, found in self.evals.items()},
             "samples": _samples(self.evals),
             **self.judge.figures,

@@ -21,7 +21,7 @@ from ftrun.models.base import Base
 from ftrun.models.warm import Shelf
 from ftrun.planning.advice import Advisor, advise
 from ftrun.planning.keeping import keeping_notes, kept_before, settle_keeping
-from ftrun.planning.settle import Settled, Worst, notes, refusal, settle_sharing, supply_of
+from ftrun.planning.settle import Settled, Worst, as_before, notes, refusal, settle_sharing, supply_of
 from ftrun.planning.twin import Twin
 from ftrun.values import EvalRecord
 
@@ -84,10 +84,17 @@ class Shared:
     ) -> Prepared:
         """The job's plan, made once."""
         earlier = kept_before(out)
-        key = f"{job.key} {job.refuse} {earlier}"
+        key, before = f"{job.key} {job.refuse} {earlier}", as_before(job, out)
+        key += "" if before is job else f" {before.micro_batch} {before.checkpointing}"
         if key not in self._prepared:
             supply = supply_of(corpus, pad_id, total)
-            self._prepared[key] = prepare(job, parts, supply, device, "data", out, earlier, self.counts)
+            found = prepare(before, parts, supply, device, "data", out, earlier, self.counts)
+            if before is not job and not found.settled.plan.fits:
+                found = prepare(job, parts, supply, device, "data", out, earlier, self.counts)
+                now = f"{found.settled.micro_batch} rows at once, {found.settled.recomputed} layers recomputed"
+                note = f"warning: less memory is free than when the run began: it goes on with {now}"
+                found = replace(found, notes=(*found.notes, note))
+            self._prepared[key] = found
         return self._prepared[key]
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftrun.errors import Interrupted, RunFailed, UserError
+from ftrun.errors import Interrupted, RunFailed, UserError, is_out_of_memory
 from ftrun.job import Job
 from ftrun.metrics.console import Console
 from ftrun.runs import Run, cache_dir, check_run, differences, open_run, read_json, saved_steps, steps_done
@@ -20,7 +20,18 @@ if TYPE_CHECKING:
     from ftrun.tasks.shared import Shared, Watch
 
 # what a disk or its owner refuses; other errors of the system are not the run folder's
-_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE)
+_REFUSALS: tuple[int, ...] = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EIO,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ESTALE,
+)
+# and a file system that cannot rename, or not within itself
+_REFUSALS += (errno.ENOTSUP, errno.ENOSYS, errno.EXDEV)
 
 
 def run(job: Job) -> int:
@@ -176,12 +187,6 @@ def in_terms(error: BaseException, session: Session, folder: Run) -> BaseExcepti
         peak = session.settled.plan.needed_bytes / 1e9
         return RunFailed(f"out of memory {at}: {str(error).splitlines()[0][:200]}. Planned: {peak:.2f} GB at the peak")
     return error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator, Python's or torch's on any device, could not give what was asked."""
-    words = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in words))
 
 
 def leave_result(session: Session, folder: Run, error: BaseException) -> None:

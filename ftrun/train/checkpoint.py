@@ -5,6 +5,7 @@ checkpoints/step-N/ is written aside, flushed and renamed: it is there complete,
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -23,8 +24,8 @@ from ftrun.optim.state import check as check_optimiser
 from ftrun.runs import aside, saved_steps
 from ftrun.train.loop import Progress
 
-KEPT = 2
 _PARTS = ("trained", "optimiser", "random")
+_LISTS = ("recoveries", "skipped")  # of a progress; the rest are numbers
 
 
 @dataclasses.dataclass
@@ -39,8 +40,14 @@ class Checkpoint:
     belongs: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-def save(folder: Path, checkpoint: Checkpoint, name: str | None = None) -> Path:
-    """Write step-N/ (or `name`/) under `folder` and drop all but the newest KEPT steps; returns its path.
+def copied(checkpoint: Checkpoint) -> Checkpoint:
+    """The same with tensors of its own on the host, so that training may go on while it is written."""
+    parts = {part: {name: t.detach().cpu().clone() for name, t in getattr(checkpoint, part).items()} for part in _PARTS}
+    return dataclasses.replace(checkpoint, progress=copy.deepcopy(checkpoint.progress), **parts)
+
+
+def save(folder: Path, checkpoint: Checkpoint, name: str | None = None, last: int = 2) -> Path:
+    """Write step-N/ (or `name`/) under `folder` and drop all but the newest `last` steps; returns its path.
 
     Raises OSError or SafetensorError where it cannot be written; what was there is then as it was.
     """
@@ -58,7 +65,7 @@ def save(folder: Path, checkpoint: Checkpoint, name: str | None = None) -> Path:
         }
         (beside / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
     # those of later steps were passed over as damaged: they do not count as the newest
-    for old in [step for step in saved_steps(folder) if step <= here][:-KEPT]:
+    for old in [step for step in saved_steps(folder) if step <= here][:-last]:
         shutil.rmtree(folder / f"step-{old}", ignore_errors=True)
     return target
 
@@ -96,6 +103,8 @@ def load(path: Path) -> Checkpoint:
         if parts["random"]["cpu"].shape != torch.get_rng_state().shape:
             raise ValueError("random.safetensors holds no generator's state")
         belongs = dict(state.get("belongs") or {})
+        if not all(isinstance(digest, str) for digest in belongs.values()):
+            raise ValueError("state.json names nothing that it belongs to")
         return Checkpoint(progress, optimiser_meta=state["optimiser"], belongs=belongs, **parts)
     except KeyError as error:
         raise UserError(f"{path}: the checkpoint is damaged: it lacks {error}") from error
@@ -106,8 +115,13 @@ def load(path: Path) -> Checkpoint:
 def _progress(values: Mapping[str, Any], name: str) -> Progress:
     """The progress in state.json, which must be that of the folder's name."""
     progress = Progress(**values)
-    numbers = [getattr(progress, f.name) for f in dataclasses.fields(progress)]
-    if not all(n is None or isinstance(n, int | float) for n in numbers) or not isinstance(progress.step, int):
+    numbers = [getattr(progress, f.name) for f in dataclasses.fields(progress) if f.name not in _LISTS]
+    sound = isinstance(progress.skipped, list) and isinstance(progress.recoveries, list)
+    sound = sound and all(isinstance(n, int) for n in progress.skipped)
+    sound = sound and all(isinstance(n, int) for one in progress.recoveries for n in dict(one).values())
+    sound = sound and all({"step", "micro_batch", "recomputed"} == one.keys() for one in progress.recoveries)
+    sound = sound and all(n is None or isinstance(n, int | float) for n in numbers)
+    if not sound or not isinstance(progress.step, int):
         raise ValueError("state.json holds no progress")
     if re.fullmatch(r"step-\d+", name) and name != f"step-{progress.step}":
         raise ValueError(f"it is that of step {progress.step}")
@@ -128,18 +142,3 @@ def _packed(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         made[name] = own.clone() if own.data_ptr() in seen else own
         seen.add(own.data_ptr())
     return made
-
-
-def random_state() -> dict[str, torch.Tensor]:
-    """The state of every generator that training draws from."""
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def restore_random(state: Mapping[str, torch.Tensor]) -> None:
-    """Set the generators as `random_state` found them."""
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

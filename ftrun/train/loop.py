@@ -15,6 +15,7 @@ from torch import nn
 from ftrun.errors import Interrupted, RunFailed
 from ftrun.train.parallel import Alone, clip_by
 from ftrun.train.ranks import Ranks
+from ftrun.train.recover import Room, Steps, drop_gradients, undoing
 from ftrun.values import Batch, EvalRecord, StepRecord
 
 
@@ -31,6 +32,11 @@ class Progress:
     best_step: int | None = None
     stale: int = 0  # evaluations since then
     peak_bytes: int = 0  # largest of the run
+    # steps in which memory ran out, with the rows at once and the recomputed layers from then on
+    recoveries: list[dict[str, int]] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)  # steps whose loss or gradients were not finite
+    saves: int = 0  # checkpoints
+    save_seconds: float = 0.0  # that the loop has waited for them
 
 
 @dataclass
@@ -60,6 +66,7 @@ class Work:
     rungs: frozenset[int] = frozenset()  # steps after which to evaluate as well
     patience: int | None = None
     save: Callable[[Progress], str | None] | None = None  # tells what went wrong, if anything did
+    save_aside: Callable[[Progress], str | None] | None = None  # the same beside the loop, where it goes on
     save_best: Callable[[Progress], str | None] | None = None
     save_steps: int | None = None
     save_seconds: float | None = None
@@ -67,20 +74,25 @@ class Work:
     stop: Callable[[], bool] = field(default=lambda: False)  # whether someone asked to stop
     ranks: Ranks = Ranks()  # noqa: RUF009 (frozen); the processes that share the step
     parallel: Alone = field(default_factory=Alone)  # how they share the model
+    room: Room | None = None  # ways to need less memory; None: a step that runs out of it ends the run
+    skips: int = 0  # steps that may be skipped, because their loss or gradients are not finite
+    say: Callable[[str], None] = field(default=lambda text: None)
 
 
 def train(work: Work, progress: Progress) -> Iterator[StepRecord | EvalRecord]:
     """Train from `progress` to the end; yields each step's record and each evaluation's.
 
     Saves a checkpoint when one is due and after the last step. Raises Interrupted, with a checkpoint saved, where
-    `work.stop()` turns true; RunFailed on a loss or gradient that is not finite, and where that checkpoint failed.
+    `work.stop()` turns true; RunFailed where more than `work.skips` steps had a loss or gradients that are not finite,
+    where memory is too short for one row, and where that checkpoint failed.
     """
     saved_at = time.monotonic()
     work.model.train()
     if _is_stale(work, progress):  # it goes on from the checkpoint of an early end
         return
-    for micro_batches in work.batches(progress.step):
-        record = _step(work, micro_batches, progress.step)
+    steps = Steps(work, progress)
+    for micro_batches in steps:
+        record = steps.take(micro_batches, lambda batches: _step(work, batches, progress))
         _count(progress, record)
         yield record
         ended = progress.step >= work.total
@@ -90,7 +102,8 @@ def train(work: Work, progress: Progress) -> Iterator[StepRecord | EvalRecord]:
             ended = _is_stale(work, progress)
         stop, trouble = work.ranks.any(work.stop()), None
         if work.save and (stop or ended or work.ranks.any(_save_due(work, progress, saved_at))):
-            trouble = work.save(progress)
+            goes_on = not stop and not ended
+            trouble = _save((goes_on and work.save_aside) or work.save, progress)
             saved_at = time.monotonic()
         if stop or (ended and work.ranks.any(work.stop())):
             raise _stopped(work, progress, trouble)
@@ -105,9 +118,18 @@ def _stopped(work: Work, progress: Progress, trouble: str | None) -> Exception:
     return Interrupted(f"{where}; a checkpoint is saved, and the same command goes on from it")
 
 
-def _step(work: Work, micro_batches: Sequence[Batch], step: int) -> StepRecord:
-    """One optimiser step over its micro-batches, as if they were one batch."""
+def _save(save: Callable[[Progress], str | None], progress: Progress) -> str | None:
+    """A checkpoint, and its cost: what the loop waits for it."""
     started = time.perf_counter()
+    trouble = save(progress)
+    progress.saves += trouble is None
+    progress.save_seconds += time.perf_counter() - started
+    return trouble
+
+
+def _step(work: Work, micro_batches: Sequence[Batch], progress: Progress) -> StepRecord:
+    """One optimiser step over its micro-batches, as if they were one batch. Raises Undone as `undoing` does."""
+    started, step = time.perf_counter(), progress.step
     work.reset_peak()
     rate = work.schedule(step)
     for group, highest in zip(work.optimiser.param_groups, work.rates, strict=True):
@@ -116,17 +138,28 @@ def _step(work: Work, micro_batches: Sequence[Batch], step: int) -> StepRecord:
         [sum(b.supervised for b in micro_batches), sum(b.tokens for b in micro_batches)]
     )
     with work.watch(step):
-        total, norm = gradients(work, micro_batches, supervised)
+        total, norm = undoing(work, micro_batches, lambda batches: gradients(work, batches, supervised))
         loss, size = work.ranks.sums([float(total)])[0] / supervised, float(norm)
-        if math.isfinite(loss) and math.isfinite(size):
-            update(work)
-    if not (math.isfinite(loss) and math.isfinite(size)):
+        finite = math.isfinite(loss) and math.isfinite(size)
+        update(work) if finite else drop_gradients(work)
+    if not finite:
         rows = sorted(r for b in micro_batches for r in b.rows)
-        raise RunFailed(f"step {step + 1}: loss {loss}, gradient norm {size}: not finite. Rows of the batch: {rows}")
+        _skip(work, progress, f"step {step + 1}: loss {loss}, gradient norm {size}: not finite", rows)
     seconds = time.perf_counter() - started
     held, peak = map(int, work.ranks.most(work.memory()))
     lr = work.rates[0] * rate
-    return StepRecord(step + 1, loss, lr, size, int(tokens), int(supervised), tokens / seconds, held, peak, seconds)
+    sizes = (int(tokens), int(supervised), tokens / seconds, held, peak, seconds)
+    return StepRecord(step + 1, loss, lr, size, *sizes, skipped=not finite)
+
+
+def _skip(work: Work, progress: Progress, what: str, rows: Sequence[int]) -> None:
+    """The step counts, and changes nothing. Raises RunFailed where too many were such."""
+    progress.skipped.append(progress.step + 1)
+    count, named = len(progress.skipped), f"Rows of the batch: {list(rows)}"
+    if count > work.skips:
+        before = f", as were steps {progress.skipped[:-1]}: skip_nonfinite={work.skips}" if count > 1 else ""
+        raise RunFailed(f"{what}{before}. {named}")
+    work.say(f"WARNING: {what}: ITS UPDATE IS SKIPPED, the {count}. of at most {work.skips}. {named}")
 
 
 def gradients(
@@ -183,8 +216,9 @@ def _count(progress: Progress, record: StepRecord) -> None:
     progress.step = record.step
     progress.tokens += record.tokens
     progress.seconds += record.seconds
-    progress.loss_first = record.loss if progress.loss_first is None else progress.loss_first
-    progress.loss_last = record.loss
+    if not record.skipped:
+        progress.loss_first = record.loss if progress.loss_first is None else progress.loss_first
+        progress.loss_last = record.loss
     progress.peak_bytes = max(progress.peak_bytes, record.mem_peak)
 
 
@@ -196,7 +230,7 @@ def _evaluate(work: Work, progress: Progress) -> EvalRecord:
     progress.stale = 0 if best else progress.stale + 1
     if best:
         progress.best_loss, progress.best_step = record.loss, progress.step
-        if work.save_best and work.save_best(progress):
+        if work.save_best and _save(work.save_best, progress):
             progress.best_loss, progress.best_step = before  # what is kept is still the earlier one
     return EvalRecord(**{**record.__dict__, "best": best})
 

@@ -106,7 +106,7 @@ class Sharded(Alone):
     def __init__(
         self,
         model: nn.Module,
-        layers: Sequence[nn.Module],
+        layers: Sequence[Any],
         whole: Sequence[nn.Parameter],
         mesh: Any,
         offload: bool = False,
@@ -119,25 +119,25 @@ class Sharded(Alone):
 
         self.whole = list(whole)
         as_parameters(model)
-        how = {
+        how: dict[str, Any] = {
             "mesh": mesh,
             "ignored_params": set(whole),
             "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
         }
         for layer in layers:
-            fully_shard(layer, reshard_after_forward=True, **how)  # type: ignore[arg-type]
-        self.root = fully_shard(Root(model), reshard_after_forward=True, **how)  # type: ignore[arg-type]
+            fully_shard(layer, reshard_after_forward=True, **how)
+        self.root: Any = fully_shard(Root(model), reshard_after_forward=True, **how)
         if not ahead:
             gather, scatter = Gather(), Scatter()
             for module in (*layers, self.root):
-                module.set_custom_all_gather(gather)  # type: ignore[operator]
-                module.set_custom_reduce_scatter(scatter)  # type: ignore[operator]
+                module.set_custom_all_gather(gather)
+                module.set_custom_reduce_scatter(scatter)
             for layer in layers:
-                layer.set_modules_to_backward_prefetch([layer])  # type: ignore[operator]
-        self.parts = [p for p in model.parameters() if p.requires_grad and hasattr(p, "to_local")]
+                layer.set_modules_to_backward_prefetch([layer])
+        self.parts: list[Any] = [p for p in model.parameters() if p.requires_grad and hasattr(p, "to_local")]
         self.gathers = not self.parts
         self.factor = float(mesh.size()) if self.parts else 1.0  # FSDP2 averages what it scatters
-        self._locals = {p: nn.Parameter(p.to_local().detach()) for p in self.parts}  # type: ignore[operator]
+        self._locals = {p: nn.Parameter(p.to_local().detach()) for p in self.parts}
 
     def run(self, call: Callable[..., Any], *args: Any) -> Any:
         try:
@@ -152,7 +152,7 @@ class Sharded(Alone):
         sum_gradients(self.whole)
         for parameter, local in self._locals.items():
             if parameter.grad is not None:
-                local.grad = parameter.grad.to_local()  # type: ignore[operator]
+                local.grad = parameter.grad.to_local()
                 parameter.grad = None
 
     def held(self, parameter: nn.Parameter) -> nn.Parameter:
@@ -283,6 +283,7 @@ def gathered(model: nn.Module, keeps: bool) -> Tensors:
     return found if keeps else {}
 
 
-def full(tensor: torch.Tensor) -> torch.Tensor:
+def full(tensor: Any) -> torch.Tensor:
     """A tensor that may be sharded, whole; every rank must ask."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[no-any-return]
+    made: torch.Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return made

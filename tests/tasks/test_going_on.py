@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from ftrun.errors import Interrupted, RunFailed, UserError
 from ftrun.lock import Lock
-from ftrun.tasks import keep, session
+from ftrun.tasks import keep, room, session
 from ftrun.tasks import train as task
 from ftrun.train import checkpoint, loop
 from ftrun.train.interrupt import terminable
@@ -50,14 +50,14 @@ def after_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], obj
 
 
 def at_evaluation(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], object]) -> None:
-    own = session.evaluate
+    own = room.evaluate
 
     def evaluate(model: Any, loss: Any, batches: Any, now: int) -> Any:
         if now == step:
             act()
         return own(model, loss, batches, now)
 
-    monkeypatch.setattr(session, "evaluate", evaluate)
+    monkeypatch.setattr(room, "evaluate", evaluate)
 
 
 def kill(number: int) -> Callable[[], None]:

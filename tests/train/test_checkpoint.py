@@ -14,6 +14,7 @@ from ftrun.errors import UserError
 from ftrun.optim.state import flatten
 from ftrun.train import checkpoint
 from ftrun.train.checkpoint import Checkpoint, latest, load, save
+from ftrun.train.generators import random_state
 from ftrun.train.loop import Progress
 
 
@@ -24,7 +25,7 @@ def sample(step: int) -> Checkpoint:
     optimiser.step()
     tensors, meta = flatten(optimiser)
     belongs = {"base": "abc"}
-    return Checkpoint(Progress(step), {"w": weight.detach()}, tensors, meta, checkpoint.random_state(), belongs)
+    return Checkpoint(Progress(step), {"w": weight.detach()}, tensors, meta, random_state(), belongs)
 
 
 def edit_state(folder: Path, change: Callable[[dict], object]) -> None:

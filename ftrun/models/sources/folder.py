@@ -105,7 +105,7 @@ def _indexed(index: Path) -> tuple[Path, ...]:
 def _json(path: Path) -> dict[str, Any]:
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(facts, dict):
         raise UserError(f"{path}: expected a JSON object, found a {type(facts).__name__}")

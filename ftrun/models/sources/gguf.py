@@ -6,6 +6,7 @@ tensors' blocks, each aligned. Dequantising stays with the `gguf` package.
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from collections.abc import Iterator
@@ -19,24 +20,40 @@ from ftrun.errors import UserError
 # GGUF's type of a value -> its letter in `struct`
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+# what nonsense in a header comes to: lengths beyond the file, counts beyond memory, lists of lists without an end
+_DAMAGE = (
+    struct.error,
+    IndexError,
+    KeyError,
+    UnicodeDecodeError,
+    OverflowError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+)
 
 
 class GGUF:
     """An open GGUF file: `facts` by key, and `tensors()`. Raises UserError where the file is damaged or another."""
 
     def __init__(self, path: Path) -> None:
-        with path.open("rb") as file:
-            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._at = 0
+        self.path, self._at = path, 0
+        try:
+            with path.open("rb") as file:
+                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except ValueError:
+            raise UserError(f"{path}: an empty file") from None
         try:
             magic, version, tensors, pairs = self._read("4sIQQ")
             if magic != b"GGUF" or version != 3:
                 raise UserError(f"{path}: no GGUF file of version 3")
             self.facts = {self._string(): self._value(*self._read("I")) for _ in range(pairs)}
             self._table = [self._entry() for _ in range(tensors)]
-        except (struct.error, IndexError, KeyError, UnicodeDecodeError):
+            align = self.facts.get("general.alignment", 32)
+            if not isinstance(align, int) or align < 1:
+                raise KeyError(align)
+        except _DAMAGE:
             raise UserError(f"{path}: damaged: its header ends too early or says nonsense") from None
-        align = self.facts.get("general.alignment", 32)
         self._start = (self._at + align - 1) // align * align
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
@@ -44,10 +61,15 @@ class GGUF:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
         for name, shape, kind, offset in self._table:
-            values, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-            width = shape[-1] // values * size
-            count = width * int(np.prod(shape[:-1], dtype=np.int64))
-            raw = np.frombuffer(self._data, np.uint8, count, self._start + offset).reshape(*shape[:-1], width)
+            try:
+                values, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+                width = shape[-1] // values * size
+                count, start = width * math.prod(shape[:-1]), self._start + offset
+                if not 0 < count <= len(self._data) - start:
+                    raise ValueError(f"{count} bytes at {start}")
+                raw = np.frombuffer(self._data, np.uint8, count, start).reshape(*shape[:-1], width)
+            except (ValueError, KeyError, IndexError) as error:
+                raise UserError(f"{self.path}: damaged: the tensor {name!r}: {error}") from None
             plain = raw.view(np.float32).copy() if kind == GGMLQuantizationType.F32 else raw
             yield name, dequantize(plain, GGMLQuantizationType(kind))
 
