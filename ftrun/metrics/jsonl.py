@@ -39,7 +39,10 @@ class JsonLines:
         self._evals = _open(run / "evals.jsonl", last, self.say_damage)
 
     def step(self, record: StepRecord) -> None:
-        _write(self._metrics, asdict(record))
+        row = asdict(record)
+        if not row["skipped"]:  # it is rare, and told where it is so
+            del row["skipped"]
+        _write(self._metrics, row)
 
     def evaluation(self, record: EvalRecord) -> None:
         row = asdict(record)

@@ -64,4 +64,5 @@ class Evaluations:
         s = self.session
         if rows not in self._batches:
             self._batches[rows] = stepping.evaluation_batches(s.job, s.corpus, s.options.rows, rows, s.pad_id, s.ranks)
-        return evaluate(s.work.model, s._loss, self._batches[rows], step, s.ranks.sums)
+        summed = {} if s.ranks.alone else {"sums": s.ranks.sums}
+        return evaluate(s.work.model, s._loss, self._batches[rows], step, **summed)

@@ -156,7 +156,7 @@ def test_the_best_weights_are_handed_over(tmp_path: Path) -> None:
         (("targets=q_prj",), "q_proj"),
         (("layers=40-50",), "layers"),
         (("device.memory=1MB",), "GB at its peak"),
-        (("devices=2",), "one device"),
+        (("devices=2", "nnodes=2"), "rdzv_endpoint"),
         (("device=rtx4090",), "not on this machine"),
         (("optim.warmup=50",), "warmup"),
         (("method.from=nowhere",), "nowhere"),
