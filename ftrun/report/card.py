@@ -109,7 +109,7 @@ def _training(facts: Facts) -> str:
     rows = [
         ("data", f"{data['kind']}{source}, loss on {data.get('loss_on', 'all')}, {result['tokens']:,} tokens seen"),
         ("method", _options(job["method"], ("kind", "from", "dtype"))),
-        ("optimiser", f"{job['optim']['kind']}, lr {job['lr']:g}"),
+        ("optimiser", f"{job['optim']['kind']}, lr {float(job['lr']):g}"),
         ("steps", f"{result['steps']}, {job['batch']} rows each, at most {job['seq_len']} tokens a row"),
         ("seed", str(job["seed"])),
     ]
