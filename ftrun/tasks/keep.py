@@ -56,7 +56,7 @@ class Keeper:
     def restore(self, found: Checkpoint, work: Work) -> None:
         """The optimiser and the generators as they were; the trained weights are in the model already."""
         try:
-            tensors, meta = work.parallel.cut(found.optimiser, found.optimiser_meta)
+            tensors, meta = work.parallel.cut(found.optimiser, found.optimiser_meta, _known(work))
             optimiser_state.restore(work.optimiser, tensors, meta)
         except ValueError as error:
             raise UserError(f"{self.run.checkpoints}: {error}") from error
@@ -124,7 +124,7 @@ class Keeper:
                 raise RunFailed(
                     f"step {progress.step}: {key} is no longer finite; a lower lr may help. Nothing is saved"
                 )
-        tensors, meta = work.parallel.joined(*optimiser_state.flatten(work.optimiser))
+        tensors, meta = work.parallel.joined(*optimiser_state.flatten(work.optimiser), _known(work))
         return Checkpoint(progress, trained, tensors, meta, random_state(), self.belongs)
 
     def hand_over(self, provenance: Mapping[str, Any], ranks: Ranks = Ranks()) -> None:  # noqa: B008 (frozen)
@@ -175,6 +175,11 @@ class Keeper:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _known(work: Work) -> list[torch.Tensor]:
+    """The optimiser's parameters, in the order of its state."""
+    return [parameter for group in work.optimiser.param_groups for parameter in group["params"]]
 
 
 def fingerprint(corpus: Corpus) -> str:

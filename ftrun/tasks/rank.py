@@ -1,7 +1,7 @@
-"""One of several processes at a job: `python -m ftrun.tasks.rank RUN`, started by torch's launcher (train/launch.py).
+"""One of several processes at a job: `python -m ftrun.tasks.rank RUN JOB`, started by torch's launcher.
 
-It reads the run folder's job.yaml; Hydra has had its say. The first rank plans and speaks; the others learn from it
-what `auto` came to.
+It reads the job as it was composed once; Hydra has had its say. The first rank plans and speaks; the others learn
+from it what `auto` came to. train/launch.py starts it.
 """
 
 from __future__ import annotations
@@ -20,19 +20,26 @@ from ftrun.job import Job, make_job
 from ftrun.tasks.channel import die_with_parent
 
 
-def frozen(run: Path) -> Job:
-    """The job of a run's folder, as it was composed."""
-    tree = yaml.safe_load((run / "job.yaml").read_text(encoding="utf-8"))
+def freeze(job: Job, path: Path) -> None:
+    """The composed job, whole, in a file that its user alone can read: what secrets it holds are in it."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        yaml.safe_dump({"choices": job.choices, **job.tree}, file, sort_keys=False, allow_unicode=True)
+
+
+def frozen(path: Path) -> Job:
+    """What `freeze` wrote."""
+    tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     choices = tree.pop("choices")
     return make_job(tree, choices, borrowed=set(tree))
 
 
-def main(run: Path) -> int:
+def main(run: Path, told: Path) -> int:
     """This rank's share of the run; returns the exit code, the message of a failure left for the launcher."""
     parent = os.environ.get("FTRUN_PARENT")
     die_with_parent(int(parent) if parent else None)
     try:
-        work(run)
+        work(run, frozen(told))
     except (UserError, RunFailed, Interrupted) as error:
         return _leave_word(str(error), error.exit_code)
     except KeyboardInterrupt:
@@ -53,7 +60,7 @@ def _leave_word(message: str, code: int) -> int:
     return code
 
 
-def work(run: Path) -> None:
+def work(run: Path, job: Job) -> None:
     """Prepare, join the others, train."""
     import torch
 
@@ -64,7 +71,7 @@ def work(run: Path) -> None:
     from ftrun.train.interrupt import terminable
     from ftrun.train.ranks import join
 
-    first, job = os.environ["RANK"] == "0", frozen(run)
+    first = os.environ["RANK"] == "0"
     kind = job.device.options.type
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if kind == "auto" else kind
     if kind == "cuda":
@@ -88,7 +95,8 @@ def work(run: Path) -> None:
 
 def finished_there(run: Path, job: Job, total: int, finished: Any) -> bool:
     """Whether the folder's run is at its end."""
-    return (run / "result.json").is_file() and finished(run, job.as_dict(), job, total)
+    there = yaml.safe_load((run / "job.yaml").read_text(encoding="utf-8"))
+    return bool((run / "result.json").is_file() and finished(run, there, job, total))
 
 
 def _train(session: Any, run: Path) -> None:
@@ -110,4 +118,4 @@ def _train(session: Any, run: Path) -> None:
 if __name__ == "__main__":
     from ftrun.train.ranks import end
 
-    end(main(Path(sys.argv[1])))
+    end(main(Path(sys.argv[1]), Path(sys.argv[2])))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import hashlib
 import importlib.metadata
 import json
@@ -23,7 +21,6 @@ from ftrun.evals.answer import answer, asked, prompt_ids
 from ftrun.job import Job
 from ftrun.kernels import compiled
 from ftrun.memory.device import Device
-from ftrun.memory.events import allocations, resident_bytes
 from ftrun.memory.host import change_pages, few_arenas, keep_pages
 from ftrun.memory.measure import Meter
 from ftrun.metrics import jsonl
@@ -36,6 +33,7 @@ from ftrun.planning.settle import Settled
 from ftrun.runs import Run, read_json, write_json
 from ftrun.tasks.judging import Judge
 from ftrun.tasks.keep import Keeper
+from ftrun.tasks.peak import Peak
 from ftrun.tasks.room import Evaluations, copies, room_of
 from ftrun.tasks.shared import Shared, Watch
 from ftrun.train.interrupt import stop_requests
@@ -62,7 +60,7 @@ class Session:
         self.began = False  # whether a step was trained: what there is must then stay
         self.sinks: list[Sink] = [console]
         self.evals: dict[str, dict[str, Any]] = {}
-        self.measured: dict[str, Any] = {}
+        self.peak = Peak(self)
         self.kept: KeptRows | None = None
         self.judge = Judge(self)
 
@@ -138,6 +136,7 @@ class Session:
         self.began = found is not None
         del found
         self._equip()
+        self.peak.begin(self.progress.step)
         self._keep_prefix(run)
         self.judge.before()
         self._evaluate_ends("before", run)
@@ -190,7 +189,7 @@ class Session:
         work, job, options = self.work, self.job, self.options
         meter = Meter(self.device.type)
         work.memory, work.reset_peak = meter.current, meter.reset_peak
-        self.measured["measures"] = {
+        self.peak.figures["measures"] = {
             "measured_peak_bytes": "bytes that torch's allocator held at most in the planned step, by its own events",
             "process_peak_bytes": meter.measures,
         }
@@ -210,7 +209,7 @@ class Session:
 
             return stepping.prefetched(make, start, self.total)
 
-        work.batches, work.watch, work.skips, work.say = batches, self._watch, job.skip_nonfinite, self.console.say
+        work.batches, work.watch, work.skips, work.say = batches, self.peak.watch, job.skip_nonfinite, self.console.say
         work.save_steps, work.save_seconds = job.save_interval()
         work.save = lambda progress: self.keeper.save(work, progress)
         if copies(self):
@@ -254,37 +253,6 @@ class Session:
     def _loss(self, batch: Batch) -> torch.Tensor:
         with self.work.autocast():
             return self.work.parallel.run(self.whole_loss, batch.to(self.work.device))
-
-    @contextlib.contextmanager
-    def _watch(self, step: int) -> Iterator[None]:
-        """Measure the step that the plan was made for: by the allocator's own events, on CUDA by its statistics."""
-        # in the first step the optimiser has no state yet; with fewer rows at once it is not the planned one
-        if step != self.settled.largest_step or step == 0 or self.progress.recoveries:
-            yield
-        elif self.device.type == "cuda":
-            yield  # the loop has reset the statistics at the step's start; paged state is not among them
-            self._note_measured(self.settled.plan.needed_bytes, torch.cuda.max_memory_allocated())
-        else:
-            self.keeper.finish()  # its copy is not of the step
-            gc.collect()  # what the steps before left would be freed within this one, unseen by the profiler
-            resident = resident_bytes(self._residents())
-            with allocations() as seen:
-                yield
-            self._note_measured(self.settled.plan.peak_bytes, resident + seen.peak)
-
-    def _residents(self) -> Iterator[torch.Tensor]:
-        yield from self.work.model.parameters()
-        yield from self.work.model.buffers()
-        yield from () if self.kept is None else self.kept.store.residents()
-        for state in self.work.optimiser.state.values():
-            yield from (v for v in state.values() if isinstance(v, torch.Tensor))
-
-    def _note_measured(self, planned: int, measured: int) -> None:
-        """Of several ranks the fullest one's."""
-        measured = int(self.ranks.most([measured])[0])
-        self.measured.update(
-            planned_peak_bytes=planned, measured_peak_bytes=measured, error=(planned - measured) / measured
-        )
 
     def _evaluate_ends(self, when: str, run: Run) -> None:
         """The evaluation before or after training, with one prompt answered."""
@@ -384,7 +352,7 @@ class Session:
             "eval": {when: _figures(found) for when, found in self.evals.items()},
             "samples": _samples(self.evals),
             **self.judge.figures,
-            "memory": {**self.measured, "process_peak_bytes": progress.peak_bytes},
+            "memory": {**self.peak.figures, "process_peak_bytes": progress.peak_bytes},
             "total_params": plan.total_params,
             "trainable_params": plan.trainable_params,
             "adapter_bytes": adapter,

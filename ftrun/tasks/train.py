@@ -103,19 +103,23 @@ def on_ranks(job: Job, out: Path) -> None:
 
     This process holds the folder, starts them, and ends as the first of them that failed.
     """
+    from ftrun.tasks.rank import freeze
     from ftrun.train.launch import launch, nodes_of, processes_here
 
     nodes = nodes_of(job.nnodes, job.rdzv_endpoint, os.environ)
     processes = processes_here(job.devices, nodes)
     folder = open_run(out, job.as_dict(), job.resume) if nodes.index == 0 else None
+    told = out / f".job.yaml.{os.getpid()}.tmp"  # a name that is tidied away, should this process be killed
     try:
-        launch(["-m", "ftrun.tasks.rank", str(out)], processes, nodes, job.max_restarts)
+        freeze(job, told)
+        launch(["-m", "ftrun.tasks.rank", str(out), str(told)], processes, nodes, job.max_restarts)
     except Interrupted as error:
         saved = saved_steps(out / "checkpoints")
         raise Interrupted(
             f"interrupted; the same command goes on from step {saved[-1]}" if saved else str(error)
         ) from None
     finally:
+        told.unlink(missing_ok=True)
         if folder is not None:
             if not _worth(out):
                 folder.discard()

@@ -40,6 +40,8 @@ class Alone:
     """One process: nothing is shared."""
 
     gathers = True  # whether the optimiser may keep small parameters as views of larger ones
+    held_bytes = 0  # what the engine itself keeps between steps, in no parameter and no buffer
+    settled = 1  # steps after which each takes the same memory: in the first the optimiser makes its state
     factor = 1.0  # of a loss before its backward pass: what the engine divides by
 
     def run(self, call: Callable[..., Any], *args: Any) -> Any:
@@ -61,11 +63,11 @@ class Alone:
         """What the optimiser knows a trained parameter by."""
         return parameter
 
-    def joined(self, tensors: Tensors, meta: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
-        """An optimiser's state (optim/state.py) as one process would have it."""
+    def joined(self, tensors: Tensors, meta: dict[str, Any], own: Sequence[Any]) -> tuple[Tensors, dict[str, Any]]:
+        """An optimiser's state (optim/state.py) as one process would have it. own: its parameters, in order."""
         return tensors, meta
 
-    def cut(self, tensors: Tensors, meta: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
+    def cut(self, tensors: Tensors, meta: dict[str, Any], own: Sequence[Any]) -> tuple[Tensors, dict[str, Any]]:
         """This rank's part of what `joined` gave."""
         return tensors, meta
 
@@ -77,8 +79,11 @@ class Alone:
 class Replicated(Alone):
     """DDP: gradients are averaged while the backward pass runs, in buckets that they live in."""
 
+    settled = 2  # in the second step the buckets are cut anew, by the order in which gradients came
+
     def __init__(self, model: nn.Module, ranks: Ranks) -> None:
         self.factor = float(ranks.world)
+        self.held_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # its successor would send the buffers all the same
             # all ranks have drawn or read the same values; buffers are constants of the base
@@ -158,34 +163,40 @@ class Sharded(Alone):
     def held(self, parameter: nn.Parameter) -> nn.Parameter:
         return self._locals.get(parameter, parameter)
 
-    def joined(self, tensors: Tensors, meta: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
+    def joined(self, tensors: Tensors, meta: dict[str, Any], own: Sequence[Any]) -> tuple[Tensors, dict[str, Any]]:
         """Moments in the parameters' shapes become whole. What has another shape (8 bits with a constant for each
         block of a shard) is kept rank by rank, and serves as many ranks again."""
         if not self.parts:
             return tensors, meta
-        owners = list(self._locals.items())
-        if any(t.dim() and t.shape != owners[_index(name)][1].shape for name, t in tensors.items()):
+        if any(t.dim() and t.shape != own[_index(name)].shape for name, t in tensors.items()):
             return _of_each_rank(tensors), {**meta, "ranks": dist.get_world_size()}
-        made = {}
-        for name, tensor in tensors.items():
-            whole = owners[_index(name)][0]
-            made[name] = _as_shard(tensor, whole).full_tensor().cpu() if tensor.dim() else tensor
-        return made, {**meta, "shapes": [list(whole.shape) for whole, _ in owners]}
+        wholes = self._wholes(own)
+        made = {
+            name: _as_shard(t, wholes[_index(name)]).full_tensor().cpu() if t.dim() else t
+            for name, t in tensors.items()
+        }
+        return made, {**meta, "shapes": [list(whole.shape) for whole in wholes]}
 
-    def cut(self, tensors: Tensors, meta: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
+    def cut(self, tensors: Tensors, meta: dict[str, Any], own: Sequence[Any]) -> tuple[Tensors, dict[str, Any]]:
         if not self.parts:
             return tensors, meta
         if "ranks" in meta:
             rank, world = dist.get_rank(), dist.get_world_size()
             if meta["ranks"] != world:
                 raise ValueError(
-                    f"the optimiser's 8-bit state was sharded over {meta['ranks']} devices, here are {world}"
+                    f"the optimiser's 8-bit state is in parts of {meta['ranks']} devices, and here are {world}; go on "
+                    f"with devices={meta['ranks']}"
                 )
-            own = {n.partition("/")[2]: t for n, t in tensors.items() if n.partition("/")[0] == str(rank)}
-            return own, {k: v for k, v in meta.items() if k != "ranks"}
-        owners = list(self._locals.items())
-        own = {n: _shard_of(t, owners[_index(n)][0]) if t.dim() else t for n, t in tensors.items()}
-        return own, {**meta, "shapes": [list(local.shape) for _, local in owners]}
+            names = [name for name in tensors if "@" not in name]
+            return {n: tensors[f"{n}@{rank}"] if rank else tensors[n] for n in names}, meta
+        wholes = self._wholes(own)
+        parts = {n: _shard_of(t, wholes[_index(n)]) if t.dim() else t for n, t in tensors.items()}
+        return parts, {**meta, "shapes": [list(local.shape) for local in own]}
+
+    def _wholes(self, own: Sequence[Any]) -> list[Any]:
+        """The sharded parameter behind each of the optimiser's."""
+        behind = {local: whole for whole, local in self._locals.items()}
+        return [behind[local] for local in own]
 
     def norm(self, parameters: Sequence[torch.Tensor]) -> torch.Tensor | None:
         if not self._locals:
@@ -243,7 +254,7 @@ def _shard_of(whole: torch.Tensor, like: Any) -> torch.Tensor:
 
 
 def _of_each_rank(tensors: Tensors) -> Tensors:
-    """Every rank's tensors, by "RANK/NAME", on each of them."""
+    """Every rank's tensors on each of them: the first one's by their names, the others' by "NAME@RANK"."""
     world, found = dist.get_world_size(), {}
     for name, tensor in tensors.items():
         sizes = torch.zeros(world, dtype=torch.int64)
@@ -252,7 +263,7 @@ def _of_each_rank(tensors: Tensors) -> Tensors:
         for rank, size in enumerate(sizes.tolist()):
             piece = tensor.contiguous() if rank == dist.get_rank() else torch.empty(size, dtype=tensor.dtype)
             dist.broadcast(piece.view(-1), src=rank)
-            found[f"{rank}/{name}"] = piece
+            found[f"{name}@{rank}" if rank else name] = piece
     return found
 
 

@@ -1,0 +1,135 @@
+"""Whole runs of two processes over gloo: resumed on one and back, killed, within a study."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ftrun.tasks import train
+from ftrun.train.launch import Nodes, first_host, nodes_of
+from tests.jobs import overrides, tiny_base, tiny_job, write_rows
+
+STEADY = ("optim.schedule=constant", "optim.warmup=0", "micro_batch=1", "eval.retention=0", "eval.max_new_tokens=0")
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("method", "strategy"), [("qlora", "ddp"), ("full", "fsdp")])
+def test_saved_on_two_resumed_on_one_and_back(tmp_path: Path, method: str, strategy: str) -> None:
+    more = (f"method={method}", *STEADY, "save_every=2", *(("optim=adamw",) if method == "full" else ()))
+    train.run(tiny_job(tmp_path, *more, "steps=6", f"out={tmp_path}/whole"))
+    for steps, devices in ((2, 2), (4, 1), (6, 2)):
+        sharing = (f"devices={devices}", *((f"strategy={strategy}",) if devices > 1 else ()))
+        train.run(tiny_job(tmp_path, *more, f"steps={steps}", *sharing, f"out={tmp_path}/cut"))
+    whole, cut = lines(tmp_path / "whole/metrics.jsonl"), lines(tmp_path / "cut/metrics.jsonl")
+    assert [m["step"] for m in cut] == [1, 2, 3, 4, 5, 6]
+    for one, other in zip(whole, cut, strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert (other["tokens"], other["supervised_tokens"]) == (one["tokens"], one["supervised_tokens"])
+    made = "model/model.safetensors" if method == "full" else "adapter/adapter_model.safetensors"
+    one, other = load_file(tmp_path / "whole" / made), load_file(tmp_path / "cut" / made)
+    assert one.keys() == other.keys()
+    # Adam divides by a gradient's size: where that is next to nothing, its rounding shows
+    for name, tensor in one.items():
+        assert torch.linalg.norm(tensor - other[name]) <= 1e-3 * torch.linalg.norm(tensor), name
+    result = json.loads((tmp_path / "cut/result.json").read_text())
+    assert result["status"] == "finished"
+    assert (tmp_path / "cut/README.md").is_file()
+
+
+def test_a_killed_worker_takes_the_job_down_and_it_goes_on_exactly(tmp_path: Path) -> None:
+    base, rows = tiny_base(tmp_path / "llama"), write_rows(tmp_path / "rows.jsonl")
+    more = overrides(base, rows, "method=lora", *STEADY, "eval=none", "save_every=4", "steps=150", "devices=2")
+    more = [o for o in more if not o.startswith("eval.")]
+    command = [sys.executable, "-m", "ftrun", *more]
+    whole = subprocess.run([*command, f"out={tmp_path}/whole"], capture_output=True, text=True, timeout=200)
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    started = subprocess.Popen(
+        [*command, f"out={tmp_path}/cut"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    metrics = tmp_path / "cut/metrics.jsonl"
+    until = time.monotonic() + 120
+    while not metrics.is_file() or len(metrics.read_text().splitlines()) < 20:
+        assert time.monotonic() < until
+        assert started.poll() is None
+        time.sleep(0.05)
+    workers = [p for p in children(started.pid) if "ftrun.tasks.rank" in cmdline(p)]
+    assert len(workers) == 2
+    os.kill(workers[1], signal.SIGKILL)
+    began = time.monotonic()
+    said, _ = started.communicate(timeout=60)
+    assert started.returncode == 4, said
+    assert time.monotonic() - began < 60
+    assert "Traceback" not in said.splitlines()[-1]
+    assert said.splitlines()[-1].startswith("ftrun: ")
+    assert not any(Path(f"/proc/{p}").exists() for p in workers)
+    again = subprocess.run([*command, f"out={tmp_path}/cut"], capture_output=True, text=True, timeout=200)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "resumed after step" in again.stdout
+    made = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "cut" / made).read_bytes() == (tmp_path / "whole" / made).read_bytes()
+    assert [m["step"] for m in lines(metrics)] == list(range(1, 151))
+
+
+def test_a_study_of_jobs_on_two_devices_makes_a_folder_a_job(tmp_path: Path) -> None:
+    base, rows = tiny_base(tmp_path / "llama"), write_rows(tmp_path / "rows.jsonl")
+    more = overrides(base, rows, "method=lora", *STEADY, "rank=2,4", "steps=2", "devices=2")
+    done = subprocess.run(
+        [sys.executable, "-m", "ftrun", "-m", *more, f"out={tmp_path}/study"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 of 2 done" in done.stdout
+    runs = sorted((tmp_path / "study/runs").iterdir())
+    assert len(runs) == 2
+    assert all(json.loads((run / "result.json").read_text())["status"] == "finished" for run in runs)
+
+
+def test_where_machines_meet() -> None:
+    assert nodes_of(None, None, {}) == Nodes()
+    slurm = {
+        "SLURM_NNODES": "2",
+        "SLURM_NODEID": "1",
+        "SLURM_JOB_ID": "7005",
+        "SLURM_JOB_NODELIST": "gpu[03-05,9],cpu1",
+    }
+    found = nodes_of(None, None, slurm)
+    assert (found.count, found.index, found.endpoint, found.key) == (2, 1, "gpu03:29405", "slurm-7005")
+    assert first_host("a1,a2") == "a1"
+    assert first_host("node-7") == "node-7"
+    with pytest.raises(ValueError, match="rdzv_endpoint"):
+        nodes_of(2, None, {})
+
+
+def children(pid: int) -> list[int]:
+    """Processes that a process started, and theirs."""
+    found = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and parent(int(p.name)) == pid]
+    return sorted([*found, *(below for child in found for below in children(child))])
+
+
+def parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
+def cmdline(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except OSError:
+        return ""
