@@ -29,14 +29,16 @@ class Buckets(Alone):
         self.trained = trained
 
     def begin(self) -> None:
-        """The buckets, made under the tracker."""
-        for dtype in dict.fromkeys(p.dtype for p in self.trained):
-            own = [p for p in self.trained if p.dtype == dtype]
-            whole = torch.zeros(sum(p.numel() for p in own), dtype=dtype)
-            self._tracker.mark([whole], "gradients")
-            for parameter, place in zip(own, whole.split([p.numel() for p in own]), strict=True):
-                self._places[parameter] = place.view_as(parameter)
-                self._hooks.append(parameter.register_post_accumulate_grad_hook(self._take))
+        """The buckets, made under the tracker, a piece for each parameter: a layer's are then known for its own."""
+        for parameter in self.trained:
+            place = torch.zeros_like(parameter, requires_grad=False)
+            self._tracker.mark([place], "gradients")
+            self._places[parameter] = place
+            self._hooks.append(parameter.register_post_accumulate_grad_hook(self._take))
+
+    def places(self, parameter: torch.Tensor) -> list[torch.Tensor]:
+        found = self._places.get(parameter)  # type: ignore[call-overload]
+        return [] if found is None else [found]
 
     def end(self) -> None:
         """The model as it was."""

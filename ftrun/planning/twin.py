@@ -341,6 +341,7 @@ def _residents(layer: nn.Module, work: Work) -> Iterator[torch.Tensor]:
     yield from layer.buffers()
     for parameter in layer.parameters():
         yield parameter
+        yield from work.parallel.places(parameter)
         state = work.optimiser.state.get(work.holder(work.parallel.held(parameter)), {})
         yield from (v for v in state.values() if isinstance(v, torch.Tensor))
 

@@ -52,6 +52,10 @@ class Alone:
         """A loss that a backward pass follows."""
         return call(batch)
 
+    def places(self, parameter: torch.Tensor) -> list[torch.Tensor]:
+        """What the engine keeps for a parameter between steps, where that is known."""
+        return []
+
     def passing(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Around a micro-batch's passes; last: whether the step's gradients are whole after it."""
         return contextlib.nullcontext()
