@@ -20,10 +20,10 @@ except KeyboardInterrupt:  # before `main` could answer it
 
 # verb -> its task: a module with `run(job, **options) -> exit code`; its docstring is the verb's help, and a class
 # `Options`, where it has one, says what the verb takes besides the job's keys
-_NAMES = ("train", "plan", "fit", "data", "eval", "generate", "merge", "check", "push", "report")
+_NAMES = ("train", "plan", "fit", "data", "eval", "generate", "merge", "check", "push", "report", "doctor")
 VERBS = {name: f"ftrun.tasks.{name}" for name in _NAMES} | {"eval": "ftrun.tasks.evaluate"}
 # verbs without a job -> what they take instead: `run(words, **options)`
-INSTEAD = {"report": "DIR..."}
+INSTEAD = {"report": "DIR...", "doctor": ""}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

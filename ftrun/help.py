@@ -69,7 +69,7 @@ def show(
     if verb is None:
         lines = _command(verbs, config_dirs)
     elif verb in instead:
-        lines = _head(verb, verbs[verb], f"{instead[verb]} [KEY=VALUE ...]")
+        lines = _head(verb, verbs[verb], f"{instead[verb]} [KEY=VALUE ...]".strip())
     else:
         lines = _verb(verb, verbs[verb], arguments, config_dirs)
     print("\n".join(lines))

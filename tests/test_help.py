@@ -52,7 +52,7 @@ def test_every_verb_has_its_own(verb: str, capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize("verb", list(cli.INSTEAD))
 def test_a_verb_without_a_job_tells_of_itself_alone(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(capsys, verb)
-    assert text.startswith(f"ftrun {verb} {cli.INSTEAD[verb]} ")
+    assert text.startswith(f"ftrun {verb} {cli.INSTEAD[verb]}".strip() + " [KEY=VALUE ...]")
     assert "Options of this verb" in text
     assert "micro_batch" not in text
 
