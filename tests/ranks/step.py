@@ -1,5 +1,7 @@
 """One rank of a step that several share: `python -m tests.ranks.step FOLDER OVERRIDES…`, started by ftrun's launcher.
 
+The step is taken by each strategy in turn, in FOLDER/ddp and FOLDER/fsdp.
+
 Leaves in FOLDER what the first rank saw: loss.json (the step's loss, the forward pass before and after
 sharding, tensors that sharding changed), gradients.safetensors (whole, by their names in the adapter's file).
 """
@@ -35,6 +37,7 @@ def named_tensors(model: Any) -> dict[str, torch.Tensor]:
 
 def work(folder: Path, overrides: list[str]) -> None:
     """Assemble, share, take one step's gradients."""
+    folder.mkdir(parents=True, exist_ok=True)
     job = compose(overrides)
     ranks: Ranks = join("cpu")
     parts = assemble.sketch(job, cache_dir(), say, whole=True)
@@ -89,5 +92,6 @@ def whole(made: Any, parameter: torch.nn.Parameter) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    work(Path(sys.argv[1]), sys.argv[2:])
+    for strategy in ("ddp", "fsdp"):
+        work(Path(sys.argv[1]) / strategy, [*sys.argv[2:], f"strategy={strategy}"])
     end(0)

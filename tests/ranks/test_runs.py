@@ -51,7 +51,7 @@ def test_saved_on_two_resumed_on_one_and_back(tmp_path: Path, method: str, strat
 
 def test_a_killed_worker_takes_the_job_down_and_it_goes_on_exactly(tmp_path: Path) -> None:
     base, rows = tiny_base(tmp_path / "llama"), write_rows(tmp_path / "rows.jsonl")
-    more = overrides(base, rows, "method=lora", *STEADY, "eval=none", "save_every=4", "steps=150", "devices=2")
+    more = overrides(base, rows, "method=lora", *STEADY, "eval=none", "save_every=4", "steps=80", "devices=2")
     more = [o for o in more if not o.startswith("eval.")]
     command = [sys.executable, "-m", "ftrun", *more]
     whole = subprocess.run([*command, f"out={tmp_path}/whole"], capture_output=True, text=True, timeout=200)
@@ -61,7 +61,7 @@ def test_a_killed_worker_takes_the_job_down_and_it_goes_on_exactly(tmp_path: Pat
     )
     metrics = tmp_path / "cut/metrics.jsonl"
     until = time.monotonic() + 120
-    while not metrics.is_file() or len(metrics.read_text().splitlines()) < 20:
+    while not metrics.is_file() or len(metrics.read_text().splitlines()) < 10:
         assert time.monotonic() < until
         assert started.poll() is None
         time.sleep(0.05)
@@ -80,7 +80,7 @@ def test_a_killed_worker_takes_the_job_down_and_it_goes_on_exactly(tmp_path: Pat
     assert "resumed after step" in again.stdout
     made = "adapter/adapter_model.safetensors"
     assert (tmp_path / "cut" / made).read_bytes() == (tmp_path / "whole" / made).read_bytes()
-    assert [m["step"] for m in lines(metrics)] == list(range(1, 151))
+    assert [m["step"] for m in lines(metrics)] == list(range(1, 81))
 
 
 def test_a_study_of_jobs_on_two_devices_makes_a_folder_a_job(tmp_path: Path) -> None:
