@@ -27,6 +27,7 @@ class Buckets(Alone):
         self._places: dict[nn.Parameter, torch.Tensor] = {}
         self._hooks: list[Any] = []
         self.trained = trained
+        self._last = True  # whether the step's gradients are whole after the pass at hand
 
     def begin(self) -> None:
         """The buckets, made under the tracker, a piece for each parameter: a layer's are then known for its own."""
@@ -35,6 +36,11 @@ class Buckets(Alone):
             self._tracker.mark([place], "gradients")
             self._places[parameter] = place
             self._hooks.append(parameter.register_post_accumulate_grad_hook(self._take))
+
+    def passing(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Before the last micro-batch gradients stay where they are made (no_sync)."""
+        self._last = last
+        return contextlib.nullcontext()
 
     def places(self, parameter: torch.Tensor) -> list[torch.Tensor]:
         found = self._places.get(parameter)  # type: ignore[call-overload]
@@ -47,7 +53,7 @@ class Buckets(Alone):
 
     def _take(self, parameter: torch.Tensor) -> None:
         place = self._places[parameter]  # type: ignore[index]
-        if parameter.grad is not place:
+        if self._last and parameter.grad is not place:
             with torch.no_grad():
                 place.copy_(parameter.grad)  # type: ignore[arg-type]
             parameter.grad = place
