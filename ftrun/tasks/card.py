@@ -30,5 +30,5 @@ def write_card(run: Path, say: Callable[[str], None]) -> None:
     try:
         with aside(run / FILE) as beside:
             beside.write_text(card(facts_of(run)), encoding="utf-8")
-    except OSError as error:
-        say(f"warning: {run / FILE}: cannot be written: {error.strerror or error}")
+    except (OSError, ValueError, KeyError, TypeError) as error:  # a card is not worth a finished run
+        say(f"warning: {run / FILE}: cannot be written: {getattr(error, 'strerror', None) or error}")

@@ -57,9 +57,9 @@ def carry_out(job: Job, console: Console, shared: Shared | None = None, watch: W
     from ftrun.tasks.session import Session
 
     if job.devices > 1:
-        on_ranks(job, out)
-        write_card(out, console.say)
-        _evaluate(job, out, console)
+        if on_ranks(job, out):
+            write_card(out, console.say)
+            _evaluate(job, out, console)
         return
     session = Session(job, cache, console, shared, watch)
     session.prepare(out)
@@ -98,8 +98,9 @@ def _evaluate(job: Job, out: Path, console: Console) -> None:
         console.draw(lambda terminal: render(found, terminal))
 
 
-def on_ranks(job: Job, out: Path) -> None:
-    """The job in as many processes as it has devices, each of which reads the run folder's job.yaml.
+def on_ranks(job: Job, out: Path) -> bool:
+    """The job in as many processes as it has devices, each of which reads it as it was composed once; returns whether
+    this machine is the first of the job's.
 
     This process holds the folder, starts them, and ends as the first of them that failed.
     """
@@ -111,6 +112,7 @@ def on_ranks(job: Job, out: Path) -> None:
     folder = open_run(out, job.as_dict(), job.resume) if nodes.index == 0 else None
     told = out / f".job.yaml.{os.getpid()}.tmp"  # a name that is tidied away, should this process be killed
     try:
+        out.mkdir(parents=True, exist_ok=True)  # another machine's is made by the first
         freeze(job, told)
         launch(["-m", "ftrun.tasks.rank", str(out), str(told)], processes, nodes, job.max_restarts)
     except Interrupted as error:
@@ -124,6 +126,7 @@ def on_ranks(job: Job, out: Path) -> None:
             if not _worth(out):
                 folder.discard()
             folder.release()
+    return nodes.index == 0
 
 
 def _worth(out: Path) -> bool:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import logging
 import os
 import re
-import subprocess
 import sys
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ftrun.errors import Interrupted, RunFailed, UserError
+from ftrun.errors import DoesNotFit, Interrupted, RunFailed, UserError
 
 _PORT = 29400
 _SHUTDOWN = 30  # seconds that workers have to save what they hold when they are asked to stop
@@ -69,9 +68,9 @@ def first_host(hosts: str) -> str:
 def launch(arguments: Sequence[str], processes: int, nodes: Nodes = Nodes(), max_restarts: int = 0) -> None:
     """`python ARGUMENTS` in so many processes on this machine, until all have ended.
 
-    Raises what the first one that failed ended with: UserError (2), RunFailed (4) or Interrupted (130), with its
-    message; RunFailed where one died without a word. The others are ended within seconds. Torch's launcher starts all
-    of them anew, `max_restarts` times, where one failed.
+    Raises what the first one that failed ended with: UserError (2), DoesNotFit (3), RunFailed (4) or Interrupted
+    (130), with its message; RunFailed where one died without a word. The others are ended within seconds. Torch's
+    launcher starts all of them anew, `max_restarts` times, where one failed.
     """
     from torch.distributed.elastic.agent.server.api import SignalException
     from torch.distributed.elastic.multiprocessing import SignalException as Stopped
@@ -120,6 +119,8 @@ def _told(error: Exception) -> Exception:
     said = message if message and not message.startswith(("<", "Signal")) else ""
     if code == Interrupted.exit_code:
         return Interrupted(said or "interrupted")
+    if code == DoesNotFit.exit_code:
+        return DoesNotFit(said or "the job does not fit the device")
     if code == UserError.exit_code:
         return UserError(said or f"rank {place} refused the job")
     if said and code == RunFailed.exit_code:
@@ -133,10 +134,3 @@ def processes_here(devices: int, nodes: Nodes) -> int:
     if devices % nodes.count:
         raise UserError(f"devices={devices}: expected a multiple of nnodes={nodes.count}: as many on each machine")
     return devices // nodes.count
-
-
-def cards() -> int:
-    """CUDA devices on this machine, asked of the driver in another process: this one must not touch them."""
-    code = "import torch; print(torch.cuda.device_count())"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    return int(found.stdout.strip() or 0) if found.returncode == 0 else 0

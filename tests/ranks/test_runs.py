@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ftrun.errors import DoesNotFit
 from ftrun.tasks import train
 from ftrun.train.launch import Nodes, first_host, nodes_of
 from tests.jobs import overrides, tiny_base, tiny_job, write_rows
@@ -97,6 +98,12 @@ def test_a_study_of_jobs_on_two_devices_makes_a_folder_a_job(tmp_path: Path) -> 
     runs = sorted((tmp_path / "study/runs").iterdir())
     assert len(runs) == 2
     assert all(json.loads((run / "result.json").read_text())["status"] == "finished" for run in runs)
+
+
+def test_a_job_that_does_not_fit_is_refused_by_its_ranks_as_by_one_process(tmp_path: Path) -> None:
+    with pytest.raises(DoesNotFit, match="GB at its peak"):
+        train.run(tiny_job(tmp_path, "method=lora", *STEADY, "steps=2", "devices=2", "device.memory=1MB"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_where_machines_meet() -> None:
