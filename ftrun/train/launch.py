@@ -9,9 +9,12 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import sys
+import threading
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ftrun.errors import DoesNotFit, Interrupted, RunFailed, UserError
@@ -93,7 +96,8 @@ def launch(arguments: Sequence[str], processes: int, nodes: Nodes = Nodes(), max
     before = {k: os.environ.get(k) for k in _ENVIRONMENT}
     os.environ.update(_environment(processes))
     try:
-        elastic_launch(config, sys.executable)(*arguments)
+        with _handlers_kept():
+            elastic_launch(config, sys.executable)(*arguments)
     except ChildFailedError as error:
         raise _told(error) from None
     except (SignalException, Stopped):
@@ -104,6 +108,21 @@ def launch(arguments: Sequence[str], processes: int, nodes: Nodes = Nodes(), max
 
 
 _ENVIRONMENT = ("OMP_NUM_THREADS", "FTRUN_PARENT")
+_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+
+
+@contextmanager
+def _handlers_kept() -> Iterator[None]:
+    """Torch's launcher sets handlers of its own and leaves them behind; after the block there are those of before."""
+    if threading.current_thread() is not threading.main_thread():  # nobody hears signals here
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in _HANDLED}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def _environment(processes: int) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ def test_two_processes_give_the_gradients_of_one(tmp_path: Path, method: str, dt
     step.work(tmp_path / "one", common)
     one = read(tmp_path / "one")
     assert sum(map(len, one["rows"])) == 3
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     launch(["-m", "tests.ranks.step", str(tmp_path / "two"), *common, "devices=2"], 2)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     for strategy in ("ddp", "fsdp"):
         two = read(tmp_path / "two" / strategy)
         assert len(two["rows"]) == 2
