@@ -178,6 +178,8 @@ def _check_base(job: Job) -> None:
 
 def in_terms(error: BaseException, session: Session, folder: Run) -> BaseException:
     """The error in the terms of a run: an interruption, a folder that cannot be written, or itself."""
+    if hasattr(session, "keeper"):
+        session.keeper.finish()  # a checkpoint that is still being written counts
     done, saved = session.progress.step, saved_steps(folder.checkpoints)
     if isinstance(error, KeyboardInterrupt):
         if not session.began:

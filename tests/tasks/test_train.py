@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from ftrun.compose import compose
 from ftrun.errors import DoesNotFit, Interrupted, UserError
 from ftrun.tasks import train as task
-from ftrun.train import loop
+from ftrun.train import checkpoint, loop
 from tests.jobs import tiny_job
 
 
@@ -105,6 +106,25 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
         for run in ("whole", "cut")
     ]
     assert timeless[0] == timeless[1]
+
+
+def test_a_checkpoint_that_is_still_being_written_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = tiny_job(tmp_path, "method=lora", "steps=3", "save_every=2")
+    own, write = loop._count, checkpoint.save
+
+    def slowly(*args, **more):  # type: ignore[no-untyped-def]
+        time.sleep(1)
+        return write(*args, **more)
+
+    def count(progress, record):  # type: ignore[no-untyped-def]
+        own(progress, record)
+        if record.step == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "_count", count)
+    monkeypatch.setattr(checkpoint, "save", slowly)
+    with pytest.raises(Interrupted, match="goes on from step 2"):
+        task.run(job)
 
 
 def test_a_request_to_stop_ends_with_a_checkpoint_and_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
