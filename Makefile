@@ -20,8 +20,8 @@ help: ## this list
 run: setup ## train the main job (ftrun method=qlora rank=16); ARGS="steps=50" for more
 	@$(BIN)/ftrun $(JOB) $(ARGS)
 
-test: setup ## the tests
-	@$(BIN)/python -m pytest $(ARGS)
+test: setup ## the tests, on two cores; ARGS="-n 0 tests/kernels" for some of them, one after the other
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: setup ## speed and memory against the peers; BENCH_DATA=rows.jsonl for other rows than the bundled
 	@$(BIN)/python scripts/bench $(if $(BENCH_DATA),--data '$(BENCH_DATA)') $(ARGS)

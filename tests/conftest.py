@@ -1,4 +1,4 @@
-"""What every test runs under: a cache of its own, no network, few threads."""
+"""What every test runs under: a cache of its own (one for all workers), no network, few threads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _CACHE = tempfile.TemporaryDirectory(prefix="ftrun-tests-") if "FTRUN_CACHE" not
 if _CACHE is not None:
     os.environ["FTRUN_CACHE"] = _CACHE.name
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", WANDB_SILENT="true", TOKENIZERS_PARALLELISM="false")
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
 
 @pytest.fixture(autouse=True)
