@@ -11,7 +11,7 @@ try:
     from pathlib import Path
     from typing import Any
 
-    from ftrun.errors import Interrupted, RunFailed, UserError, unknown
+    from ftrun.errors import Interrupted, RunFailed, UserError, nearest, unknown
     from ftrun.secrets import hide
     from ftrun.train.interrupt import terminable
 except KeyboardInterrupt:  # before `main` could answer it
@@ -109,10 +109,14 @@ def _verb(words: list[str]) -> tuple[str | None, list[str]]:
 
 def run_verb(verb: str, overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> int:
     """Compose the job and run the verb's task on it."""
-    from ftrun.compose import compose_alone
+    from ftrun.compose import UnknownKey, compose_alone
 
     own, overrides = verb_options(verb, overrides)
-    job = compose_alone([*_of_run(verb, own), *overrides], config_dirs)
+    try:
+        job = compose_alone([*_of_run(verb, own), *overrides], config_dirs)
+    except UnknownKey as error:
+        near = nearest(error.key, filter(None, [*own, error.near])) or error.near
+        raise UnknownKey(error.key, near, "" if verb == "train" else verb) from None
     job.check()
     return int(importlib.import_module(VERBS[verb]).run(job, **own))
 

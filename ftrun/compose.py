@@ -193,23 +193,33 @@ def _check_key(
     # inside an option that is a mapping, every name is free
     if parent in known and one.key.count(".") > 1 and not isinstance(_get(tree, parent), str | int | float | list):
         return
-    raise UserError(_not_taken(one.key, known, choices, config_dirs))
+    raise _not_taken(one.key, known, choices, config_dirs)
 
 
-def _not_taken(key: str, known: set[str], choices: Mapping[str, str], config_dirs: Sequence[Path]) -> str:
+class UnknownKey(UserError):
+    """A key that no job has; `near`: the one that comes nearest, "" where none does."""
+
+    def __init__(self, key: str, near: str, verb: str = "") -> None:
+        guess = f" Did you mean {near!r}?" if near else ""
+        help_ = f"ftrun {verb} --help" if verb else "ftrun --help"
+        super().__init__(
+            f"the key {key!r} is unknown.{guess} {help_} lists the keys, ftrun --cfg job all of this job's"
+        )
+        self.key, self.near = key, near
+
+
+def _not_taken(key: str, known: set[str], choices: Mapping[str, str], config_dirs: Sequence[Path]) -> UserError:
     """Why nothing takes `key`: it belongs to another choice, or to none; and what comes nearest."""
     found = owners(key, config_dirs)
     if found:
         group, names = found
         listed = ", ".join(f"{group}={name}" for name in names[:8]) + (", …" if len(names) > 8 else "")
-        return f"{key}: {group}={choices[group]} has no such option. It belongs to {listed}"
+        return UserError(f"{key}: {group}={choices[group]} has no such option. It belongs to {listed}")
     if key.partition(".")[0] in (*STUDY_ROOMS, *STUDY_KEYS):
-        return f"{key} belongs to a study of several jobs: ftrun -m {key}=…"
+        return UserError(f"{key} belongs to a study of several jobs: ftrun -m {key}=…")
     last = key.rpartition(".")[2]
     same = sorted(path for path in known if path.rpartition(".")[2] == last)
-    near = same[0] if same else nearest(key, sorted(known | set(GROUPS)))
-    guess = f" Did you mean {near!r}?" if near else ""
-    return f"the key {key!r} is unknown.{guess} ftrun --help lists the keys, ftrun --cfg job all of this job's"
+    return UnknownKey(key, same[0] if same else nearest(key, sorted(known | set(GROUPS))) or "")
 
 
 def _is_reference(text: Any) -> bool:

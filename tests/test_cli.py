@@ -55,6 +55,8 @@ def mistake(*arguments: str, cwd: Path | None = None) -> str:
         (["data", "format=jsn"], "Did you mean 'json'"),
         (["data", "rows=["], "rows=[: expected an integer"),
         (["data", "rows=*x"], "rows=*x: expected an integer"),
+        (["data", "rosw=3"], "Did you mean 'rows'? ftrun data --help"),
+        (["data", "rnk=3"], "Did you mean 'rank'?"),
         (["name=" + "x" * 300], "300 bytes, expected 255 or less"),
         (["devices=2", "nnodes=3"], "multiple of nnodes=3"),
         (["strategy=ddp"], "no effect with devices=1"),
