@@ -12,7 +12,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,7 @@ class Sketch:
     anatomy: Anatomy
     tuner: Any
     quantiser: Any
+    drifts: list[str] = field(default_factory=list)  # in what the base is another than its adapter's, where allowed
 
 
 def sketch(job: Job, cache: Path, say: Say, whole: bool = False, base: Base | None = None) -> Sketch:
@@ -144,45 +145,46 @@ def furnish(
     parts.tuner.initialise(parts.model, job.seed, parts.base.tokenizer())
     source = getattr(parts.tuner.options, "from_", None)
     if source:
-        adopt(job, parts, Path(source).expanduser(), say, expects_scheme)
+        parts.drifts = adopt(job, parts, Path(source).expanduser(), say, expects_scheme)
 
 
-def adopt(job: Job, parts: Sketch, folder: Path, say: Say, expects_scheme: bool = True) -> None:
-    """An adapter's values into the model, once it is seen to belong to this base.
+def adopt(job: Job, parts: Sketch, folder: Path, say: Say, expects_scheme: bool = True) -> list[str]:
+    """An adapter's values into the model, once it is seen to belong to this base; the drifts that the job allows.
 
     Raises UserError where it does not, unless the job has allow_drift, and where a tensor has no place.
     """
     config, tensors = load_adapter(folder)
-    check_provenance(job, parts, folder, say, expects_scheme)
+    drifts = check_provenance(job, parts, folder, say, expects_scheme)
     parts.tuner.check(config)
     parts.tuner.load_state(parts.model, tensors)
+    return drifts
 
 
-def check_provenance(job: Job, parts: Sketch, folder: Path, say: Say, expects_scheme: bool = True) -> None:
+def check_provenance(job: Job, parts: Sketch, folder: Path, say: Say, expects_scheme: bool = True) -> list[str]:
     """UserError, naming all that differs, where what lies in `folder` was trained on another base than the job's.
 
-    Said aloud: a drift that the job allows, and a folder that nothing is on record of.
+    Said aloud: a drift that the job allows, which is returned, and a folder that nothing is on record of.
     """
     # a run is recorded with the chat template of its data, which loading its rows sets
     adopt_template(parts.base.tokenizer(), getattr(job.data.options, "template", None), lambda text: None)
     recorded = read_json(folder / provenance.FILE)
     if recorded is None:
         say(f"warning: {folder}: holds no {provenance.FILE}: whether it belongs to this base cannot be told")
-        return
+        return []
     try:
         found = provenance.drifts(recorded, provenance.record(parts.base, parts.quantiser.scheme()))
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
     found = [one for one in found if expects_scheme or one.what != "quantisation"]
-    if not found:
-        return
     listed = "".join(f"\n  {one}" for one in found)
-    if not job.allow_drift:
+    if found and not job.allow_drift:
         raise UserError(
             f"{folder}: does not belong to the base at hand:{listed}\nallow_drift=true goes on all the same, and "
             "records it"
         )
-    say(f"warning: allow_drift=true: {folder} does not belong to the base at hand:{listed}")
+    if found:
+        say(f"warning: allow_drift=true: {folder} does not belong to the base at hand:{listed}")
+    return [str(one) for one in found]
 
 
 def attach(job: Job, parts: Sketch) -> None:

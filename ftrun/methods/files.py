@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -43,6 +44,15 @@ def file_size(tensors: Mapping[str, torch.Tensor]) -> int:
     return 8 + size + -size % 8 + end
 
 
+def hashes(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each safetensors file that lies in the folder, by its name."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
 def load_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The folder's config and its tensors, on the CPU. Raises UserError where it holds no safe, whole adapter."""
     if not folder.is_dir():
@@ -73,7 +83,9 @@ def _config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path.parent}: holds no {path.name}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON: {error}") from error
     if not isinstance(config, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(config).__name__}")
@@ -86,3 +98,5 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise UserError(f"{path}: not a safetensors file, or cut short: {error}") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error

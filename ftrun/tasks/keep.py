@@ -16,7 +16,7 @@ from ftrun.assemble import Sketch
 from ftrun.data.load import Corpus
 from ftrun.data.rows import Rows
 from ftrun.errors import RunFailed, UserError
-from ftrun.methods.files import save_adapter
+from ftrun.methods.files import hashes, save_adapter
 from ftrun.optim import state as optimiser_state
 from ftrun.runs import Run, aside, listed, write_json
 from ftrun.train import checkpoint
@@ -150,8 +150,8 @@ class Keeper:
                     save_adapter(beside, config, parts.tuner.state(parts.model))
                 else:
                     self._save_model(beside, whole or {})
-                files = {path.name: _sha256(path) for path in sorted(beside.glob("*.safetensors"))}
-                write_json(beside / "provenance.json", {**provenance, "data": self.belongs["data"], "files": files})
+                facts = {**provenance, "data": self.belongs["data"], "files": hashes(beside)}
+                write_json(beside / "provenance.json", facts)
         except (OSError, SafetensorError) as error:
             saved = self.run.checkpoints.exists() and any(self.run.checkpoints.glob("step-*"))
             kept = f"; the trained weights are in {self.run.checkpoints}, the same command tries again" if saved else ""
@@ -170,11 +170,6 @@ class Keeper:
                 logging.enable_progress_bar()
         assemble.saved_config(self.parts).save_pretrained(folder)
         self.parts.base.tokenizer().save_pretrained(folder)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _known(work: Work) -> list[torch.Tensor]:

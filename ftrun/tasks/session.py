@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import math
 import shutil
@@ -327,11 +326,11 @@ class Session:
 
     def provenance(self) -> dict[str, Any]:
         """What an adapter belongs to: the base's hash, how it was stored, and the versions at work."""
-        packages = ("ftrun", "torch", "transformers", "bitsandbytes", "safetensors")
         return {
             **provenance.record(self.parts.base, self.parts.quantiser.scheme()),
             "method": self.job.method.choice,
-            "versions": {name: importlib.metadata.version(name) for name in packages},
+            "versions": provenance.versions(),
+            **({"drifts": self.parts.drifts} if self.parts.drifts else {}),
         }
 
     def summary(self) -> dict[str, Any]:

@@ -304,6 +304,15 @@ def test_the_same_rows_give_the_same_bytes() -> None:
     assert done.stdout.decode("utf-8") == page("a study", grid_study(), [])
 
 
+def test_matplotlib_makes_no_folder_in_the_home(tmp_path: Path) -> None:
+    code = "from ftrun.report.plots.ink import style\nwith style(): pass"
+    home = {"HOME": str(tmp_path / "home"), "FTRUN_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    (tmp_path / "home").mkdir()
+    subprocess.run([sys.executable, "-c", code], check=True, env=home)
+    assert (tmp_path / "cache/matplotlib").is_dir()
+    assert not any((tmp_path / "home").iterdir())
+
+
 def test_matplotlibs_settings_are_left_as_they_were() -> None:
     import matplotlib
 
