@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
 from collections.abc import Callable
+from html import escape
 from pathlib import Path
 
 import pytest
 
+from ftrun.cli import main
+from ftrun.studies import run
 from ftrun.studies.driver import Driver
 from ftrun.studies.launching import Event, Launcher, Task
 from ftrun.studies.ledger import Ledger
-from ftrun.studies.study import read_study
+from ftrun.studies.study import read_study, record
 from tests.studies.replaying import search_of
 from tests.studies.small import typed
 
@@ -32,7 +36,8 @@ class Instant(Launcher):
 
     def submit(self, task: Task) -> None:
         if task.do == "plan":
-            self._events.append(Event(task.id, "planned", {**PLAN, "device": DEVICE}))
+            trained = {"trainable_params": 1000 * int(task.request["tree"]["rank"])}
+            self._events.append(Event(task.id, "planned", {**PLAN, **trained, "device": DEVICE}))
             return
         self._events.append(Event(task.id, "began", {"steps": 0, "at": self._told.get("began")}))
         self._events.append(Event(task.id, "ended", {"status": "finished", "at": self._told.get("ended")}))
@@ -50,8 +55,9 @@ class Instant(Launcher):
     def close(self) -> None: ...
 
 
-def driver(tmp_path: Path, launcher: Instant) -> Driver:
-    study = read_study(typed(tmp_path, "rank=2,4")[1:])
+def driver(tmp_path: Path, launcher: Instant, *more: str) -> Driver:
+    study = read_study(typed(tmp_path, *(more or ("rank=2,4",)))[1:])
+    record(study)
     return Driver(study, search_of(study), launcher, Ledger(study.folder / "ledger.jsonl"), lambda text: None)
 
 
@@ -72,3 +78,29 @@ def test_a_job_found_at_work_took_what_its_worker_says(tmp_path: Path, monkeypat
     made.run()
     assert [end["seconds"] for end in made.ledger.of("end")] == [42.0, 42.0]
     assert made.pace.seconds(PLAN) == pytest.approx(42)
+
+
+def test_table_and_page_go_by_what_the_search_aims_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No run has a held-out loss; the page that `ftrun report` makes again is the very same, the search's words too."""
+    aims = ("rank=8,2,4", "trials=3", "search.sampler=bruteforce", "search=optuna")
+    made = driver(tmp_path, Instant(lambda: None), *aims, "search.objectives=[trainable_params]")
+    made.run()
+    rows = run._report(made)
+    assert run._show(made, rows) == 0
+    said = capsys.readouterr().out
+    assert "Best: rank=2, trained parameters 2,000" in said
+    best = next(row["number"] for row in rows if row["values"] == {"rank": "2"})
+    words = f"The best trainable_params of 3 trials is row {best}'s (rank=2): 2000"
+    assert words in said
+    page = (tmp_path / "study" / "report.html").read_bytes()
+    assert escape(words).encode() in page
+
+    assert main(["report", str(tmp_path / "study"), "format=json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["by"], found["summary"][-1]) == ("trainable_params", words)
+    assert [row["values"]["rank"] for row in found["rows"]] == ["2", "4", "8"]
+    assert (tmp_path / "study" / "report.html").read_bytes() == page
+
+    made.ledger.add("end", number=9, key="later", status="failed")  # what was found is no longer of what is there
+    assert main(["report", str(tmp_path / "study"), "format=json"]) == 0
+    assert words not in json.loads(capsys.readouterr().out)["summary"]
