@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ftrun.errors import UserError
+from ftrun.secrets import hide
 from ftrun.studies.launching import Event, Launcher, Task
 from ftrun.studies.meeting import Meeting
 from ftrun.studies.planner import Planner
@@ -158,4 +159,4 @@ def cores() -> int:
 
 def say(text: str) -> None:
     """A line for the reader."""
-    print(text, file=sys.stderr, flush=True)
+    print(hide(text), file=sys.stderr, flush=True)

@@ -62,7 +62,7 @@ class Meeting:
         path = self.file(task)
         for suffix in _BESIDE:
             path.with_suffix(suffix).unlink(missing_ok=True)
-        replace_text(path, json.dumps(request, default=str))
+        replace_text(path, json.dumps(request, default=str), private=True)  # what secrets the job holds are in it
         # there from the start: a name that a network's file system has once missed is missed for a while
         path.with_suffix(".verdict").touch()
         self._watched[task.id] = Watched(task.id, path, Path(request["tree"]["out"]).name)
@@ -108,7 +108,7 @@ class Meeting:
         events = [] if one is None else self._news(one)
         if one is not None and id in self._watched:
             status, reason = "stopped" if one.stopped else "failed", f"{reason}{_often(one.attempt)}"
-            events.append(Event(id, "ended", {"status": status, "reason": reason, "lost": True}))
+            events.append(Event(id, "ended", {"status": status, "reason": reason}))
             self.forget(id)
         return events
 

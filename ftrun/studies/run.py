@@ -13,6 +13,7 @@ from typing import Any
 from ftrun.errors import DoesNotFit, Interrupted, RunFailed, UserError
 from ftrun.lock import Lock
 from ftrun.runs import aside, tidy
+from ftrun.secrets import hidden, hide
 from ftrun.studies import found
 from ftrun.studies.driver import Driver
 from ftrun.studies.gathered import linked
@@ -33,6 +34,16 @@ def run(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> int:
     study = read_study(overrides, config_dirs)
     search = _search(study)
     _check(study, search)
+    try:
+        return _carry_out(study, search)
+    except BrokenPipeError:  # a reader that has left
+        raise
+    except OSError as error:
+        place, why = error.filename or study.folder, error.strerror or error
+        raise RunFailed(f"{place}: {why}. The same command goes on with the study") from error
+
+
+def _carry_out(study: Study, search: Search) -> int:
     with _at_work(study, search, _say) as driver:
         driver.plan()
         for line in _outlook(driver):
@@ -58,7 +69,7 @@ def plan(overrides: Sequence[str], config_dirs: Sequence[Path] = (), format: str
         # its device is what the launcher's first plan finds here
         launcher = study.launcher.load().Launcher(study.launcher.typed(), Path(nowhere))
         ledger = Ledger(Path(nowhere) / "ledger.jsonl")
-        driver = Driver(study, search, launcher, ledger, lambda text: print(text, file=sys.stderr))
+        driver = Driver(study, search, launcher, ledger, lambda text: print(hide(text), file=sys.stderr))
         try:
             driver.plan(whole=False)
         finally:
@@ -169,12 +180,11 @@ def _planned(driver: Driver, number: int, values: Mapping[str, str]) -> dict[str
     made = driver.plans.get(point.key, {})
     trouble = point.trouble or (made.get("trouble") or (None, None))[1]
     names = ("needed_bytes", "peak_bytes", "trainable_params", "micro_batch", "recomputed", "steps", "tokens")
+    shown = {"values": values, "key": point.key, "why": trouble or made.get("why")}
     return {
         "number": number,
-        "values": dict(values),
-        "key": point.key,
+        **hidden(shown),
         "fits": bool(made.get("fits")) and trouble is None,
-        "why": trouble or made.get("why"),
         **{name: made.get(name) for name in names},
         "seconds": driver.pace.seconds(made),
     }
@@ -187,7 +197,7 @@ def _report(driver: Driver) -> list[dict[str, Any]]:
 
     folder = driver.study.folder
     rows = linked(rows_of(driver.ledger.events, folder), folder / "report.html", [folder])
-    sentences, (objective, *others) = driver.search.sentences(rows), driver.search.objectives
+    sentences, (objective, *others) = hidden(driver.search.sentences(rows)), driver.search.objectives
     found.keep(folder, driver.ledger.events, sentences)
     write_csv(folder / "table.csv", rows)
     with aside(folder / "report.html") as beside:
@@ -225,6 +235,6 @@ def _typed(point: Point) -> str:
 def _say(text: str) -> None:
     """A line for the reader; one who has left does not end the study."""
     try:
-        print(text, flush=True)
+        print(hide(text), flush=True)
     except OSError:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (it stays open to the end)

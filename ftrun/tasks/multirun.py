@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ftrun.compose import compose, sweep
 from ftrun.errors import UserError
+from ftrun.secrets import hide
 from ftrun.train.interrupt import Terminated
 
 _INTERRUPTED = 130
@@ -28,7 +29,7 @@ def run_all(command: Sequence[str], overrides: Sequence[str], config_dirs: Seque
     dirs = [text for folder in config_dirs for text in ("--config-dir", str(folder))]
     codes: list[int] = []
     for number, line in enumerate(combinations, start=1):
-        print(f"ftrun: {number} of {len(combinations)}: {' '.join(line)}", file=sys.stderr, flush=True)
+        print(f"ftrun: {number} of {len(combinations)}: {hide(' '.join(line))}", file=sys.stderr, flush=True)
         codes.append(_run([sys.executable, "-m", "ftrun", *command, *dirs, *line]))
         if codes[-1] == _INTERRUPTED:
             break

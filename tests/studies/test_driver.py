@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ from ftrun.studies import run
 from ftrun.studies.driver import Driver
 from ftrun.studies.launching import Event, Launcher, Task
 from ftrun.studies.ledger import Ledger
+from ftrun.studies.rows import rows_of
 from ftrun.studies.study import read_study, record
 from tests.studies.replaying import search_of
 from tests.studies.small import typed
@@ -30,17 +32,18 @@ class Instant(Launcher):
 
     width = 1
 
-    def __init__(self, before: Callable[[], None], **told: float) -> None:
+    def __init__(self, before: Callable[[], None], **told: Any) -> None:
         self._events: list[Event] = []
         self._before, self._told = before, told
 
     def submit(self, task: Task) -> None:
         if task.do == "plan":
-            trained = {"trainable_params": 1000 * int(task.request["tree"]["rank"])}
+            trained = {"trainable_params": 1000 * task.request["tree"]["method"]["rank"]}
             self._events.append(Event(task.id, "planned", {**PLAN, **trained, "device": DEVICE}))
             return
         self._events.append(Event(task.id, "began", {"steps": 0, "at": self._told.get("began")}))
-        self._events.append(Event(task.id, "ended", {"status": "finished", "at": self._told.get("ended")}))
+        end = {"status": "finished", "reason": None, **self._told, "at": self._told.get("ended")}
+        self._events.append(Event(task.id, "ended", end))
 
     def wait(self, timeout: float) -> list[Event]:
         event = self._events.pop(0) if self._events else None
@@ -104,3 +107,49 @@ def test_table_and_page_go_by_what_the_search_aims_at(tmp_path: Path, capsys: py
     made.ledger.add("end", number=9, key="later", status="failed")  # what was found is no longer of what is there
     assert main(["report", str(tmp_path / "study"), "format=json"]) == 0
     assert words not in json.loads(capsys.readouterr().out)["summary"]
+
+
+def test_a_secret_is_in_no_file_of_a_study_and_not_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a value that is swept, as one that all jobs share, and as the reason of an end."""
+    monkeypatch.setenv("WANDB_API_KEY", SECRET := "secret123456")
+    swept = ("search=optuna", "trials=2", "search.sampler=bruteforce", f"targets={SECRET},all")
+    command = (*swept, f"eval.prompt={SECRET}")
+    made = driver(tmp_path, Instant(lambda: None, reason=f"as {SECRET} has it"), *command)
+    made.say = run._say
+    made.run()
+    run._show(made, run._report(made))
+    made.ledger.close()
+    said = capsys.readouterr()
+    assert SECRET not in said.out + said.err
+    assert "***" in said.out
+    study = tmp_path / "study"
+    assert not [
+        path for path in study.rglob("*") if SECRET in str(path) or (path.is_file() and SECRET in path.read_text())
+    ]
+    for name in ("study.yaml", "ledger.jsonl", "table.csv", "report.html"):
+        assert "***" in (study / name).read_text(), name
+    again = driver(tmp_path, Instant(lambda: None), *command)  # the same study all the same
+    assert again._again == []
+
+
+def test_equal_points_of_a_job_that_fails_run_once_and_again_when_the_study_goes_on(tmp_path: Path) -> None:
+    equal = ("method=lora,qlora", "quant=nf4", "optim=adamw", "checkpointing=none", "kernels=fast,reference", "rank=4")
+    for life in (1, 2):
+        made = driver(tmp_path, Instant(lambda: None, status="failed", reason="lost"), *equal)
+        made.run()
+        ends = [end["status"] for end in made.ledger.of("end")]
+        assert ends == ["failed"] * 2 * life
+    rows = rows_of(made.ledger.events, made.study.folder)
+    assert sorted(row["status"] for row in rows) == ["failed", "failed", "same", "same"]
+
+
+def test_a_record_that_cannot_be_written_lets_jobs_save_what_they_have(tmp_path: Path) -> None:
+    made = driver(tmp_path, Instant(lambda: None))
+    asked: list[str] = []
+    made.say, made.launcher.stop = asked.append, lambda: asked.append("stop")  # type: ignore[method-assign]
+    os.dup2(os.open("/dev/full", os.O_WRONLY), made.ledger._file.fileno())
+    with pytest.raises(OSError, match="No space left"):
+        made.run()
+    assert asked[1] == "stop"

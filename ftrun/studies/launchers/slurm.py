@@ -11,7 +11,6 @@ import re
 import shlex
 import shutil
 import signal
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from ftrun.studies.attempt import Attempt
 from ftrun.studies.elsewhere import Elsewhere, say
 from ftrun.studies.jobs import Jobs
 from ftrun.studies.launching import Task
+from ftrun.studies.worker import COMMAND
 
 _MOST = 1000  # jobs of an array: Slurm's MaxArraySize is 1001 where nobody has set it
 _AT_ONCE = 256  # jobs at once where nobody says: submitit's own limit of an array
@@ -235,14 +235,13 @@ def write(file: Path, sbatch: Mapping[str, Any], tasks: Sequence[Path]) -> Path:
         def affinity(cls) -> int:
             return 1  # a file can be written where there is no Slurm
 
-    command = [sys.executable, "-m", "ftrun.tasks.worker"]
     if len(tasks) == 1:
-        line = shlex.join([*command, str(tasks[0])])
+        line = shlex.join([*COMMAND, str(tasks[0])])
     else:
         names = file.with_suffix(".txt")
         names.parent.mkdir(parents=True, exist_ok=True)
         names.write_text("".join(f"{task}\n" for task in tasks), encoding="utf-8")
-        line = f'{shlex.join(command)} "$(sed -n $((SLURM_ARRAY_TASK_ID + 1))p {shlex.quote(str(names))})"'
+        line = f'{shlex.join(COMMAND)} "$(sed -n $((SLURM_ARRAY_TASK_ID + 1))p {shlex.quote(str(names))})"'
     setup = [*(sbatch["setup"] or ()), f"cd {shlex.quote(os.getcwd())}"]
     writer = Writer(file.parent)
     writer.update_parameters(**{k: v for k, v in {**sbatch, "setup": setup}.items() if v is not None})
