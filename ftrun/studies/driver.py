@@ -185,7 +185,7 @@ class Driver:
         request = point.request(self.study.folder / "runs" / self._folder(point))
         if trial is not None:
             request |= {"until": trial.until, "rungs": sorted(self.search.rungs), "asks": trial.asks, **trial.request}
-        size = int(plan["needed_bytes"] + plan.get("process_bytes", 0)) if plan else 0
+        size = plan.get("ranks", 1) * int(plan["needed_bytes"] + plan.get("process_bytes", 0)) if plan else 0
         usable = ((plan or {}).get("device") or {}).get("usable_bytes") or 0
         share = min(1.0, size / usable) if usable else 1.0
         return Task(name, do, point.key, request, str((plan or {}).get("base", "")), size, share)

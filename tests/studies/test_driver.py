@@ -34,6 +34,7 @@ class Instant(Launcher):
 
     def __init__(self, before: Callable[[], None], **told: Any) -> None:
         self._events: list[Event] = []
+        self.trained: list[Task] = []
         self._before, self._told = before, told
 
     def submit(self, task: Task) -> None:
@@ -41,6 +42,7 @@ class Instant(Launcher):
             trained = {"trainable_params": 1000 * task.request["tree"]["method"]["rank"]}
             self._events.append(Event(task.id, "planned", {**PLAN, **trained, "device": DEVICE}))
             return
+        self.trained.append(task)
         self._events.append(Event(task.id, "began", {"steps": 0, "at": self._told.get("began")}))
         end = {"status": "finished", "reason": None, **self._told, "at": self._told.get("ended")}
         self._events.append(Event(task.id, "ended", end))
@@ -153,3 +155,10 @@ def test_a_record_that_cannot_be_written_lets_jobs_save_what_they_have(tmp_path:
     with pytest.raises(OSError, match="No space left"):
         made.run()
     assert asked[1] == "stop"
+
+
+def test_a_job_needs_what_all_of_its_ranks_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PLAN, "ranks", 2)
+    made = driver(tmp_path, Instant(lambda: None))
+    made.run()
+    assert [(task.bytes, task.share) for task in made.launcher.trained] == [(2, 0.2)] * 2  # type: ignore[attr-defined]

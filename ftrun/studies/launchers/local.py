@@ -59,6 +59,12 @@ class Launcher(Base):
         return self._per_device() * self.options.devices
 
     def submit(self, task: Task) -> None:
+        mine, theirs = self.options.devices, task.request["tree"]["devices"]
+        if min(mine, theirs) > 1:
+            raise UserError(
+                f"launcher.devices={mine}: each job gets one of them, and here is one of devices={theirs}; leave the "
+                "launcher's at 1, where every job sees them all"
+            )
         self._waiting.append(task)
         self._start()
 
@@ -145,7 +151,7 @@ class Launcher(Base):
 
     def _room(self, task: Task) -> int | None:
         """The device that has room for the task; one on which nothing runs has room for anything."""
-        for device in range(self.options.devices):
+        for device in range(self.options.devices if self._device is not None else 1):
             at_work = [s.task for s in self._seats if s.device == device and s.task is not None]
             taken = sum(t.bytes for t in at_work)
             usable = (self._device or {}).get("usable_bytes", 0)
@@ -185,9 +191,9 @@ class Launcher(Base):
         return _AT_ONCE if self._device["type"] == "cuda" else max(1, cores() // 2)
 
     def _environment(self, device: int) -> dict[str, str]:
-        """Each worker its GPU, where there are several."""
-        if self.options.devices == 1:
+        """Each worker its GPU, where there are several; the first one's see all of them, and so how many there are."""
+        if device == 0:
             return {}
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible else [str(n) for n in range(self.options.devices)]
-        return {"CUDA_VISIBLE_DEVICES": names[device % len(names)]}
+        return {"CUDA_VISIBLE_DEVICES": names[device]}
