@@ -151,7 +151,7 @@ def _outlook(driver: Driver) -> Iterator[str]:
     done = [key for key in jobs if driver.is_done(key)]
     left = {key: driver.plans[key] for key in jobs if key in driver.plans and key not in done}
     unfit = {key for key, plan in left.items() if not plan.get("fits")}
-    words = [f"{len(points)} points" if points else "points as the search asks for them"]
+    words = [f"{len(points)} point{'s' if len(points) > 1 else ''}" if points else "points as the search asks for them"]
     words += ["more as the search asks for them"] if points and driver.search.more else []
     words += [f"{len(jobs)} different jobs"] if len(jobs) < len(points) - len(invalid) else []
     words += [f"{len(done)} done before"] if done else []
