@@ -51,7 +51,8 @@ def _counts(rows: Sequence[Row]) -> str:
 def _best(rows: Sequence[Row], row: Row, objective: str) -> str:
     base = f" (base {row.shown('loss_before')})" if objective == "loss" and row.shown("loss_before") else ""
     lead = "Best: " if len(rows) > 1 else ""
-    return f"{lead}{label(row, varied(rows))}, {FIGURES[objective].label} {row.shown(objective)}{base}{_needs(row, objective)}."
+    needs = f"{base}{_needs(row, objective)}"
+    return f"{lead}{label(row, varied(rows))}, {FIGURES[objective].label} {row.shown(objective)}{needs}."
 
 
 def _needs(row: Row, objective: str) -> str:
