@@ -21,11 +21,6 @@ def stop_asked(task: Path) -> bool:
     return task.with_suffix(".stop").exists()
 
 
-def speaks(request: Mapping[str, Any]) -> bool:
-    """Whether this machine tells what becomes of a task: of a job on several nodes of a Slurm step the first one."""
-    return (request["tree"].get("nnodes") or 1) == 1 or os.environ.get("SLURM_NODEID", "0") == "0"
-
-
 def is_end(event: Mapping[str, Any], asked: bool) -> bool:
     """Whether an event ends its task. One that was stopped and not by us (`asked`) goes on in another attempt."""
     return event.get("event") == "ended" and (asked or event.get("status") != "stopped")

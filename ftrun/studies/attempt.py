@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ftrun import lock
-from ftrun.dialogue import is_end, read_lines, speaks, stop_asked
+from ftrun.dialogue import is_end, read_lines, stop_asked
 from ftrun.errors import UserError
 from ftrun.studies.worker import COMMAND, cause
 
@@ -54,12 +54,7 @@ class Attempt:
             raise AttemptLost(f"{os.uname().nodename} does not see {missing}: a study's folder is on shared storage")
         if self.parent is not None:
             threading.Thread(target=_die_with, args=(self.parent,), daemon=True).start()
-        request = json.loads(task.read_text(encoding="utf-8"))
-        if not speaks(request):
-            if code := self._run(task):
-                raise AttemptLost(f"the worker {cause(code)}")
-            return
-        _wait_until_free(request)
+        _wait_until_free(json.loads(task.read_text(encoding="utf-8")))
         code = self._run(task)
         told = read_lines(task.with_suffix(".events.jsonl"))[0]
         if not told or not is_end(told[-1], stop_asked(task)):

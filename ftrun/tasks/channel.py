@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from ftrun.dialogue import add_line, attempts, read_lines, speaks, stop_asked
+from ftrun.dialogue import add_line, attempts, read_lines, stop_asked
 from ftrun.secrets import hidden
 
 _PDEATHSIG = 1  # Linux's prctl: the signal that comes when the parent dies
@@ -108,7 +108,6 @@ class InFiles:
         self._events = task.with_suffix(".events.jsonl")
         self._attempt = attempts(self._events) + 1
         self._asked = 0
-        self._speaks = True
         self._warned = threading.Event()
 
     def __enter__(self) -> InFiles:
@@ -124,14 +123,12 @@ class InFiles:
 
     def requests(self) -> Iterator[dict[str, Any]]:
         request = json.loads(self._task.read_text(encoding="utf-8"))
-        self._speaks = speaks(request)
         where = {"host": socket.gethostname(), "pid": os.getpid()}
         self.send({"event": "attempt", "id": request["id"], "number": self._attempt, **where})
         yield request
 
     def send(self, reply: Mapping[str, Any]) -> None:
-        if self._speaks:
-            add_line(self._events, hidden({**reply, "at": round(time.time(), 3)}))
+        add_line(self._events, hidden({**reply, "at": round(time.time(), 3)}))
 
     def verdict(self, name: str) -> bool:
         """The answer to this attempt's next rung; True where none comes."""

@@ -5,17 +5,14 @@ from __future__ import annotations
 import json
 import os
 import socket
-import sys
 import threading
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ftrun.dialogue import add_line, read_lines
-from ftrun.studies import attempt
 from ftrun.studies.attempt import Attempt, AttemptLost
 from ftrun.studies.launching import Task
 from ftrun.studies.meeting import Meeting
@@ -183,21 +180,6 @@ def test_a_real_worker_asks_at_its_rungs_and_goes_on_where_it_was_left(tmp_path:
     assert heard == [("began", None, None), ("rung", 4, None), ("ended", None, "pruned")]
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]
-
-
-def test_of_several_nodes_the_first_one_speaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The others end as their workers do, and neither wait for the run's folder nor for the first one's word."""
-    path = placed(Meeting(tmp_path), task(nnodes=2))
-    monkeypatch.setenv("SLURM_NODEID", "1")
-    begun(path)
-    assert read_lines(path.with_suffix(".events.jsonl"))[0] == []
-    for code in (0, 3):
-        monkeypatch.setattr(attempt, "COMMAND", (sys.executable, "-S", "-c", f"raise SystemExit({code})"))
-        with pytest.raises(AttemptLost, match="ended with exit code 3") if code else nullcontext():
-            Attempt(str(path), str(tmp_path))()
-    monkeypatch.setenv("SLURM_NODEID", "0")
-    begun(path)
-    assert [event["event"] for event in read_lines(path.with_suffix(".events.jsonl"))[0]] == ["attempt", "began"]
 
 
 def test_an_attempt_that_cannot_see_the_folder_says_where(tmp_path: Path) -> None:

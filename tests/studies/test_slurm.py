@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from ftrun.cli import main
+from ftrun.compose import compose
 from ftrun.dialogue import add_line, read_lines
 from ftrun.errors import UserError
 from ftrun.runs import read_json
@@ -153,6 +155,27 @@ def test_one_job_without_m_and_its_file_written_again_over_a_job_that_was_begun_
             task.with_suffix(".stop").touch()
     assert read_lines(task.with_suffix(".events.jsonl"))[0] == [{"event": "attempt", "number": 1}]
     assert not task.with_suffix(".stop").exists()
+
+
+def test_a_job_of_several_nodes_is_a_file_for_sbatch_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Each node runs the job itself, where it meets the others by what Slurm says; a study follows none of it."""
+    monkeypatch.setattr(planner, "Worker", Planned)
+    command = typed(tmp_path, "rank=2,4", "devices=4", "nnodes=2", "launcher=slurm", "launcher.cluster=local")
+    assert main(command) == 2
+    assert "nnodes=2: a job that a study follows has one node; launcher.submit=false" in capfd.readouterr().err
+    with pytest.raises(SystemExit, match="0"):
+        main([*command, "launcher.submit=false"])
+    (file,) = (tmp_path / "study" / "slurm").glob("*.sh")
+    assert {"#SBATCH --nodes=2", "#SBATCH --cpus-per-task=8", "#SBATCH --array=0-1%2"} <= set(lines(file))
+    assert f'{sys.executable} -m ftrun "$(sed -n' in file.read_text()
+    words, places = (file.with_suffix(f".{number}.txt").read_text().split() for number in (1, 2))
+    jobs = [compose(line) for line in zip(words, places, strict=True)]
+    assert [job.method.options.rank for job in jobs] == [2, 4]
+    assert [Path(str(job.out)).parent for job in jobs] == [tmp_path / "study" / "runs"] * 2
+    assert [(job.devices, job.nnodes) for job in jobs] == [(4, 2)] * 2
+    assert all(Path(word.partition("=")[2]).stat().st_mode & 0o077 == 0 for word in words)
 
 
 def test_without_m_a_sweep_is_none(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,11 +11,15 @@ import re
 import shlex
 import shutil
 import signal
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from ftrun.beside import replace_text
 from ftrun.errors import UserError
 from ftrun.memory.sizes import parse_size
 from ftrun.schema import option
@@ -25,6 +29,7 @@ from ftrun.studies.jobs import Jobs
 from ftrun.studies.launching import Task
 from ftrun.studies.worker import COMMAND
 
+_TRAIN = (sys.executable, "-m", "ftrun")
 _MOST = 1000  # jobs of an array: Slurm's MaxArraySize is 1001 where nobody has set it
 _AT_ONCE = 256  # jobs at once where nobody says: submitit's own limit of an array
 _SPARE = 1.1  # of the planned bytes of the host
@@ -91,9 +96,14 @@ class Launcher(Elsewhere):
         self._tidy()
         for task in tasks:
             self.check_device(task)
-        self._jobs.recall()
         if not self.options.submit:
             self._write(tasks)
+        if several := next((s.nodes for s in map(shape, tasks) if s.nodes > 1), None):
+            raise UserError(
+                f"nnodes={several}: a job that a study follows has one node; launcher.submit=false writes a file for "
+                "sbatch that runs it on several"
+            )
+        self._jobs.recall()
         tasks = [task for task in tasks if not self._adopt(task)]
         room = self._room(len(tasks))
         for batch in self._alike(tasks[:room]):
@@ -238,15 +248,25 @@ class Launcher(Elsewhere):
         """The files that sbatch would be given; ends the study there."""
         parts = [tasks[start : start + _MOST] for start in range(0, len(tasks), _MOST)]
         for number, batch in enumerate((b for part in parts for b in self._alike(part)), start=1):
-            paths = [self.place(task, self.options.cpus_per_task, by_hand=True) for task in batch]
-            file = write(self._logs / f"tasks-{number}.sh", self._sbatch(batch), paths)
-            words = "1 job; its run" if len(batch) == 1 else f"{len(batch)} jobs; their runs"
-            print(f"sbatch {shlex.quote(str(file))}    # {words}: {self.folder / 'runs'}")
+            words = [self._alone(task) for task in batch]
+            command = COMMAND if shape(batch[0]).nodes == 1 else _TRAIN
+            file = write(self._logs / f"tasks-{number}.sh", self._sbatch(batch), words, command)
+            many = "1 job; its run" if len(batch) == 1 else f"{len(batch)} jobs; their runs"
+            print(f"sbatch {shlex.quote(str(file))}    # {many}: {self.folder / 'runs'}")
         raise SystemExit(0)
 
+    def _alone(self, task: Task) -> tuple[str, ...]:
+        """What tells a job that nobody follows what to do: its task's file; where it has several nodes, the job's."""
+        if shape(task).nodes == 1:
+            return (str(self.place(task, self.options.cpus_per_task, by_hand=True)),)
+        request, path = self.request(task, 0), self.meeting.file(task).with_suffix(".yaml")
+        text = yaml.safe_dump({"choices": request["choices"], **request["tree"]}, sort_keys=False, allow_unicode=True)
+        replace_text(path, text, private=True)
+        return (f"job={path}", f"out={request['tree']['out']}")
 
-def write(file: Path, sbatch: Mapping[str, Any], tasks: Sequence[Path]) -> Path:
-    """A file for sbatch whose jobs do the tasks: the lines that submitit writes, and the workers' own command."""
+
+def write(file: Path, sbatch: Mapping[str, Any], words: Sequence[Sequence[str]], command: Sequence[str]) -> Path:
+    """A file for sbatch: the lines that submitit writes, and the command, with each job's own words at its end."""
     from submitit.slurm.slurm import SlurmExecutor
 
     class Writer(SlurmExecutor):
@@ -254,19 +274,20 @@ def write(file: Path, sbatch: Mapping[str, Any], tasks: Sequence[Path]) -> Path:
         def affinity(cls) -> int:
             return 1  # a file can be written where there is no Slurm
 
-    if len(tasks) == 1:
-        line = shlex.join([*COMMAND, str(tasks[0])])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if len(words) == 1:
+        line = shlex.join([*command, *words[0]])
     else:
-        names = file.with_suffix(".txt")
-        names.parent.mkdir(parents=True, exist_ok=True)
-        names.write_text("".join(f"{task}\n" for task in tasks), encoding="utf-8")
-        line = f'{shlex.join(COMMAND)} "$(sed -n $((SLURM_ARRAY_TASK_ID + 1))p {shlex.quote(str(names))})"'
+        line = shlex.join(command)
+        for number, column in enumerate(zip(*words, strict=True), start=1):
+            names = file.with_suffix(f".{number}.txt")
+            names.write_text("".join(f"{word}\n" for word in column), encoding="utf-8")
+            line += f' "$(sed -n $((SLURM_ARRAY_TASK_ID + 1))p {shlex.quote(str(names))})"'
     setup = [*(sbatch["setup"] or ()), f"cd {shlex.quote(os.getcwd())}"]
     writer = Writer(file.parent)
     writer.update_parameters(**{k: v for k, v in {**sbatch, "setup": setup}.items() if v is not None})
-    if len(tasks) > 1:
-        writer.parameters["map_count"] = len(tasks)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    if len(words) > 1:
+        writer.parameters["map_count"] = len(words)
     file.write_text(writer._make_submission_file_text(line, ""), encoding="utf-8")
     return file
 
