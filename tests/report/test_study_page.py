@@ -279,6 +279,14 @@ def test_another_objective_is_what_the_page_is_about(objective: str, label: str)
     assert found.cells[0][5] == label.lower()
     assert {f"{label} against {key}" for key in ("method", "layers", "rank")} <= set(found.figures)
     assert f"{label} against {label.lower()}" not in found.figures
+    (lead,) = [text for text in found.text["p"] if text.startswith("Best: ")]
+    assert (lead.count("MB"), lead.count("parameters trained")) == (1, 1)
+
+
+def test_what_else_was_aimed_at_is_drawn_against_the_objective() -> None:
+    titles = {"Peak memory against held-out loss", "Peak memory against time"}
+    assert not titles & set(made(grid_study(), objective="peak_bytes").figures)
+    assert titles < set(made(grid_study(), objective="peak_bytes", others=["loss", "seconds"]).figures)
 
 
 def test_seeds_are_repetitions_around_a_mean() -> None:
