@@ -39,6 +39,7 @@ from ftrun.models.select import anatomy as find_anatomy
 from ftrun.models.skeleton import check_length, skeleton
 from ftrun.models.warm import Shelf
 from ftrun.optim.gather import buckets, gather
+from ftrun.optim.layout import Layout
 from ftrun.optim.schedule import rate
 from ftrun.runs import read_json
 from ftrun.stepping import (
@@ -299,7 +300,8 @@ def shared(job: Job, parts: Sketch, ranks: Ranks, strategy: str, kind: str, mesh
         return Replicated(parts.model, ranks)
     # under method=full the weights themselves train: they are sharded with the rest
     whole = [p for p in parts.model.parameters() if p.requires_grad] if parts.tuner.switchable else []
-    return Sharded(parts.model, decoder(parts), whole, mesh or mesh_of(ranks), job.offload, ahead=kind == "cuda")
+    mesh = mesh or mesh_of(ranks)
+    return Sharded(parts.model, decoder(parts), whole, mesh, ranks, job.offload, ahead=kind == "cuda")
 
 
 def optimiser_buckets(job: Job, parts: Sketch, parallel: Alone | None = None) -> list[dict[str, Any]]:
@@ -314,6 +316,17 @@ def optimiser_buckets(job: Job, parts: Sketch, parallel: Alone | None = None) ->
         return [{**group, "params": [[parallel.held(p)] for p in group["params"]]} for group in groups]
     layers: dict[torch.Tensor, Hashable] = {p: n for n, each in enumerate(decoder(parts)) for p in each.parameters()}
     return buckets(groups, layers.get, options.gathers_below)
+
+
+def layouts(job: Job, parts: Sketch) -> tuple[Layout, Layout]:
+    """How optimisers hold what trains: one process's, and one of the very parameters, where nothing is gathered."""
+    every = [p for found in parts.tuner.groups(parts.model).values() for p in found]
+    numbers, apart = {p: n for n, p in enumerate(every)}, Alone()
+    apart.gathers = False
+    return (
+        Layout.of(optimiser_buckets(job, parts), numbers),
+        Layout.of(optimiser_buckets(job, parts, apart), numbers),
+    )
 
 
 def _groups(job: Job, parts: Sketch, options: Any) -> list[dict[str, Any]]:

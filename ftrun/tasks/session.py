@@ -36,6 +36,7 @@ from ftrun.tasks.keep import Keeper
 from ftrun.tasks.peak import Peak
 from ftrun.tasks.room import Evaluations, copies, room_of
 from ftrun.tasks.shared import Shared, Watch
+from ftrun.train.generators import seed_rank
 from ftrun.train.interrupt import stop_requests
 from ftrun.train.kept import InMemory, KeptLoss, KeptRows, OnDisk
 from ftrun.train.loop import Progress, train
@@ -116,7 +117,7 @@ class Session:
     def train(self, run: Run) -> dict[str, Any]:
         """Weights, evaluation, the loop, evaluation, the adapter; returns what result.json holds."""
         torch_device = assemble.torch_device(self.device)
-        self.keeper = Keeper(run, self.parts, self.corpus, self.console.say, self.job.save_last)
+        self.keeper = Keeper(run, self.job, self.parts, self.corpus, self.console.say)
         found = self.keeper.found(self.job.resume)
         self._start(run, found.progress.step if found else None)
         torch.manual_seed(self.job.seed)
@@ -127,6 +128,8 @@ class Session:
             self.keeper.load_trained(found.trained)
         parallel = assemble.shared(self.job, self.parts, self.ranks, self.settled.strategy, self.device.type)
         self.work = assemble.work(self.job, self.parts, torch_device, self.total, parallel=parallel, ranks=self.ranks)
+        if not self.ranks.alone:  # the weights are drawn, alike on all of them; what training draws is not
+            seed_rank(self.job.seed, 0, self.ranks)
         if found is not None:
             self.progress = found.progress
             self.keeper.restore(found, self.work)
