@@ -62,8 +62,8 @@ def settle_sharing(job: Job, attempt: Callable[[str], tuple[Twin, Settled]]) -> 
     for strategy in strategies:
         twin, settled = attempt(strategy if job.devices > 1 else "ddp")
         settled = dataclasses.replace(settled, strategy=twin.strategy or "ddp")
-        if settled.plan.fits:
-            break
+        if settled.plan.fits or (job.optim.options.by_tensor and not twin.parts.tuner.switchable):
+            break  # what fits, or weights that train and that the optimiser needs whole
     return twin, settled
 
 
