@@ -198,7 +198,7 @@ class Session:
         }
 
         room = room_of(self)
-        # ranks wait for one another within a step: one that is undone alone would leave the others waiting
+        # a rank that ran out of memory has left the others waiting within a collective, of which none can be taken back
         work.room = room if self.ranks.alone else None
 
         def batches(start: int) -> Iterator[list[Batch]]:
