@@ -258,7 +258,8 @@ def work(
     """
     options, parallel = job.optim.typed(), parallel or Alone()
     groups, gathered = gather(optimiser_buckets(job, parts, parallel))
-    optimiser = job.optim.load().build(groups, options, kind or device.type)
+    home = "cpu" if parallel.offloads and not parts.tuner.switchable else kind or device.type
+    optimiser = job.optim.load().build(groups, options, home)
     return Work(
         model=parts.model,
         loss=loss or TokenLoss(parts.model, job.kernels, job.loss_chunk),
@@ -301,7 +302,8 @@ def shared(job: Job, parts: Sketch, ranks: Ranks, strategy: str, kind: str, mesh
     # under method=full the weights themselves train: they are sharded with the rest
     whole = [p for p in parts.model.parameters() if p.requires_grad] if parts.tuner.switchable else []
     mesh = mesh or mesh_of(ranks)
-    return Sharded(parts.model, decoder(parts), whole, mesh, ranks, job.offload, ahead=kind == "cuda")
+    offload = job.offload and kind == "cuda"
+    return Sharded(parts.model, decoder(parts), whole, mesh, ranks, offload, ahead=kind == "cuda")
 
 
 def optimiser_buckets(job: Job, parts: Sketch, parallel: Alone | None = None) -> list[dict[str, Any]]:

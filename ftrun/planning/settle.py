@@ -142,12 +142,15 @@ def layer_counts(job: Job, graphs: int) -> list[int]:
 
 def notes(job: Job, twin: Twin) -> list[str]:
     """What the job asks for and cannot have, a warning line each."""
-    asked = job.checkpointing
+    asked, said = job.checkpointing, []
+    if job.offload and twin.device.type == "cpu":
+        said.append("warning: offload=true: the device is the host itself: nothing is moved")
     if not isinstance(asked, int) or asked <= twin.graphs:
-        return []
+        return said
     return [
+        *said,
         f"warning: checkpointing={asked}: only the {twin.graphs} layers from the lowest trained one on keep anything "
-        f"for the backward pass; {twin.graphs} are recomputed"
+        f"for the backward pass; {twin.graphs} are recomputed",
     ]
 
 

@@ -43,6 +43,7 @@ class Alone:
 
     gathers = True  # whether the optimiser may keep small parameters as views of larger ones
     held_bytes = 0  # what the engine itself keeps between steps, in no parameter and no buffer
+    offloads = False  # whether what is sharded, and the optimiser's state of it, lies in the host's memory
     settled = 1  # steps after which each takes the same memory: in the first the optimiser makes its state
     factor = 1.0  # of a loss before its backward pass: what the engine divides by
 
@@ -134,7 +135,7 @@ class Sharded(Alone):
         how: dict[str, Any] = {
             "mesh": mesh,
             "ignored_params": set(whole),
-            "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
+            "offload_policy": CPUOffloadPolicy(ranks.device.type == "cuda") if offload else OffloadPolicy(),
         }
         for layer in layers:
             fully_shard(layer, reshard_after_forward=True, **how)
@@ -148,6 +149,9 @@ class Sharded(Alone):
                 layer.set_modules_to_backward_prefetch([layer])
         self.parts: list[Any] = [p for p in model.parameters() if p.requires_grad and hasattr(p, "to_local")]
         self.gathers = not self.parts
+        self.offloads = offload
+        for parameter in whole:  # the sharded ones have been moved layer by layer
+            parameter.data = parameter.data.to(ranks.device)
         self.factor = float(mesh.size()) if self.parts else 1.0  # FSDP2 averages what it scatters
         self._locals = {p: nn.Parameter(p.to_local().detach()) for p in self.parts}
 
