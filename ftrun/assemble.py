@@ -371,6 +371,12 @@ def torch_device(device: Device) -> torch.device:
     return PartialState(cpu=device.type == "cpu").device
 
 
+def filled_on(device: torch.device, strategy: str) -> torch.device:
+    """Where the weights are read to. What is sharded goes from the host to the device layer by layer, each rank's part
+    alone staying there: whole it may not fit."""
+    return torch.device("cpu") if strategy == "fsdp" else device
+
+
 def saved_config(parts: Sketch) -> Any:
     """The base's own config for a saved model: the skeleton's has dropout and cache taken out."""
     config = copy.deepcopy(parts.base.config)

@@ -26,7 +26,7 @@ from ftrun.train.aside import Aside
 from ftrun.train.checkpoint import Checkpoint
 from ftrun.train.generators import restore_of_each, seed_rank, state_of_each
 from ftrun.train.loop import Progress, Work
-from ftrun.train.parallel import full, gathered
+from ftrun.train.parallel import cut_as, gathered, held_whole
 from ftrun.train.ranks import Ranks
 
 
@@ -78,8 +78,10 @@ class Keeper:
             )
 
     def load_trained(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Trained weights into the model."""
-        self.parts.tuner.load_state(self.parts.model, tensors)
+        """Trained weights into the model, sharded or whole."""
+        tuner, model = self.parts.tuner, self.parts.model
+        own = {name: trained.parameter for name, trained in tuner.named(model).items()}
+        tuner.load_state(model, {name: cut_as(tensor, own.get(name)) for name, tensor in tensors.items()})
 
     def load_best(self) -> bool:
         """The best weights into the model; False, said aloud, where they are damaged."""
@@ -133,7 +135,7 @@ class Keeper:
         return trouble
 
     def _state(self, work: Work, progress: Progress) -> Checkpoint:
-        trained = {key: full(tensor) for key, tensor in self.parts.tuner.state(self.parts.model).items()}
+        trained = {key: held_whole(tensor) for key, tensor in self.parts.tuner.state(self.parts.model).items()}
         for key, tensor in trained.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise RunFailed(

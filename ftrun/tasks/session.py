@@ -121,8 +121,9 @@ class Session:
         found = self.keeper.found(self.job.resume)
         self._start(run, found.progress.step if found else None)
         torch.manual_seed(self.job.seed)
+        place = assemble.filled_on(torch_device, self.settled.strategy)
         assemble.furnish(
-            self.job, self.parts, torch_device, self.cache, self.console.say, self.settled.recomputed, self.shared.shelf
+            self.job, self.parts, place, self.cache, self.console.say, self.settled.recomputed, self.shared.shelf
         )
         if found is not None:
             self.keeper.load_trained(found.trained)

@@ -268,6 +268,21 @@ def gathered(model: nn.Module, keeps: bool) -> Tensors:
     return found if keeps else {}
 
 
+def cut_as(whole: torch.Tensor, like: Any) -> torch.Tensor:
+    """A whole tensor in parts as `like` is; itself where that is whole. Every rank has it; nothing is sent."""
+    from torch.distributed.tensor import distribute_tensor
+
+    if not hasattr(like, "device_mesh"):
+        return whole
+    placed = whole.to(like.device_mesh.device_type)
+    return distribute_tensor(placed, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def held_whole(tensor: Any) -> torch.Tensor:
+    """A tensor, whole; one that was sharded on the host: with others it would not fit where it lay in parts."""
+    return full(tensor).cpu() if hasattr(tensor, "to_local") else tensor
+
+
 def full(tensor: Any) -> torch.Tensor:
     """A tensor that may be sharded, whole; every rank must ask."""
     if not hasattr(tensor, "full_tensor"):
