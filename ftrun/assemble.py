@@ -39,6 +39,7 @@ from ftrun.models.select import anatomy as find_anatomy
 from ftrun.models.skeleton import check_length, skeleton
 from ftrun.models.warm import Shelf
 from ftrun.optim.gather import buckets, gather
+from ftrun.optim.layout import Layout
 from ftrun.optim.schedule import rate
 from ftrun.runs import read_json
 from ftrun.stepping import (
@@ -259,7 +260,8 @@ def work(
     """
     options, parallel = job.optim.typed(), parallel or Alone()
     groups, gathered = gather(optimiser_buckets(job, parts, parallel))
-    optimiser = job.optim.load().build(groups, options, kind or device.type)
+    home = "cpu" if parallel.offloads and not parts.tuner.switchable else kind or device.type
+    optimiser = job.optim.load().build(groups, options, home)
     return Work(
         model=parts.model,
         loss=loss or TokenLoss(parts.model, job.kernels, job.loss_chunk),
@@ -301,7 +303,9 @@ def shared(job: Job, parts: Sketch, ranks: Ranks, strategy: str, kind: str, mesh
         return Replicated(parts.model, ranks)
     # under method=full the weights themselves train: they are sharded with the rest
     whole = [p for p in parts.model.parameters() if p.requires_grad] if parts.tuner.switchable else []
-    return Sharded(parts.model, decoder(parts), whole, mesh or mesh_of(ranks), job.offload, ahead=kind == "cuda")
+    mesh = mesh or mesh_of(ranks)
+    offload = job.offload and kind == "cuda"
+    return Sharded(parts.model, decoder(parts), whole, mesh, ranks, offload, ahead=kind == "cuda")
 
 
 def optimiser_buckets(job: Job, parts: Sketch, parallel: Alone | None = None) -> list[dict[str, Any]]:
@@ -316,6 +320,17 @@ def optimiser_buckets(job: Job, parts: Sketch, parallel: Alone | None = None) ->
         return [{**group, "params": [[parallel.held(p)] for p in group["params"]]} for group in groups]
     layers: dict[torch.Tensor, Hashable] = {p: n for n, each in enumerate(decoder(parts)) for p in each.parameters()}
     return buckets(groups, layers.get, options.gathers_below)
+
+
+def layouts(job: Job, parts: Sketch) -> tuple[Layout, Layout]:
+    """How optimisers hold what trains: one process's, and one of the very parameters, where nothing is gathered."""
+    every = [p for found in parts.tuner.groups(parts.model).values() for p in found]
+    numbers, apart = {p: n for n, p in enumerate(every)}, Alone()
+    apart.gathers = False
+    return (
+        Layout.of(optimiser_buckets(job, parts), numbers),
+        Layout.of(optimiser_buckets(job, parts, apart), numbers),
+    )
 
 
 def _groups(job: Job, parts: Sketch, options: Any) -> list[dict[str, Any]]:
@@ -356,6 +371,12 @@ def torch_device(device: Device) -> torch.device:
     from accelerate import PartialState
 
     return PartialState(cpu=device.type == "cpu").device
+
+
+def filled_on(device: torch.device, strategy: str) -> torch.device:
+    """Where the weights are read to. What is sharded goes from the host to the device layer by layer, each rank's part
+    alone staying there: whole it may not fit."""
+    return torch.device("cpu") if strategy == "fsdp" else device
 
 
 def saved_config(parts: Sketch) -> Any:

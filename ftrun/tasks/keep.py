@@ -16,23 +16,25 @@ from ftrun.assemble import Sketch
 from ftrun.data.load import Corpus
 from ftrun.data.rows import Rows
 from ftrun.errors import RunFailed, UserError
+from ftrun.job import Job
 from ftrun.methods.files import hashes, save_adapter
 from ftrun.optim import state as optimiser_state
+from ftrun.optim.layout import fitted
 from ftrun.runs import Run, aside, listed, write_json
 from ftrun.train import checkpoint
 from ftrun.train.aside import Aside
 from ftrun.train.checkpoint import Checkpoint
-from ftrun.train.generators import random_state, restore_random
+from ftrun.train.generators import restore_of_each, seed_rank, state_of_each
 from ftrun.train.loop import Progress, Work
-from ftrun.train.parallel import full, gathered
+from ftrun.train.parallel import cut_as, gathered, held_whole
 from ftrun.train.ranks import Ranks
 
 
 class Keeper:
     """belongs: what the run's weights belong to, by hash; a checkpoint that belongs to another is refused."""
 
-    def __init__(self, run: Run, parts: Sketch, corpus: Corpus, say: Callable[[str], None], last: int = 2) -> None:
-        self.run, self.parts, self.say, self.last = run, parts, say, last
+    def __init__(self, run: Run, job: Job, parts: Sketch, corpus: Corpus, say: Callable[[str], None]) -> None:
+        self.run, self.job, self.parts, self.say = run, job, parts, say
         self._writing, self._of = Aside(), 0
         self.belongs = {"base": parts.base.hash(), "data": fingerprint(corpus)}
 
@@ -56,15 +58,30 @@ class Keeper:
     def restore(self, found: Checkpoint, work: Work) -> None:
         """The optimiser and the generators as they were; the trained weights are in the model already."""
         try:
-            tensors, meta = work.parallel.cut(found.optimiser, found.optimiser_meta, _known(work))
+            known = assemble.layouts(self.job, self.parts)
+            own = work.parallel.layout(known)
+            tensors, meta, exact = fitted(found.optimiser, found.optimiser_meta, own, known, work.optimiser)
             optimiser_state.restore(work.optimiser, tensors, meta)
         except ValueError as error:
             raise UserError(f"{self.run.checkpoints}: {error}") from error
-        restore_random(found.random)
+        if not exact:
+            self.say(
+                "saved on another number of devices, whose parts end within the blocks of 8-bit optimiser state: it is "
+                "quantised anew, which is not exact"
+            )
+        if restore_of_each(found.random, work.ranks):
+            return
+        seed_rank(self.job.seed, found.progress.step, work.ranks)
+        if getattr(self.parts.tuner.options, "dropout", 0.0):
+            self.say(
+                f"saved on another number of devices than {work.ranks.world}: dropout draws other masks from here on"
+            )
 
     def load_trained(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Trained weights into the model."""
-        self.parts.tuner.load_state(self.parts.model, tensors)
+        """Trained weights into the model, sharded or whole."""
+        tuner, model = self.parts.tuner, self.parts.model
+        own = {name: trained.parameter for name, trained in tuner.named(model).items()}
+        tuner.load_state(model, {name: cut_as(tensor, own.get(name)) for name, tensor in tensors.items()})
 
     def load_best(self) -> bool:
         """The best weights into the model; False, said aloud, where they are damaged."""
@@ -84,7 +101,7 @@ class Keeper:
         if work.ranks.first:
             self.finish()
             try:
-                checkpoint.save(self.run.checkpoints, state, name, self.last)
+                checkpoint.save(self.run.checkpoints, state, name, self.job.save_last)
             except (OSError, SafetensorError) as error:
                 trouble = self._not_saved(name or f"step-{progress.step}", progress.step, error)
         # all ranks go on, or none
@@ -98,7 +115,7 @@ class Keeper:
         self.finish()
         state = checkpoint.copied(state)
         self._of = progress.step
-        self._writing.begin(lambda: checkpoint.save(self.run.checkpoints, state, last=self.last))
+        self._writing.begin(lambda: checkpoint.save(self.run.checkpoints, state, last=self.job.save_last))
         return None
 
     def tell(self) -> None:
@@ -118,14 +135,14 @@ class Keeper:
         return trouble
 
     def _state(self, work: Work, progress: Progress) -> Checkpoint:
-        trained = {key: full(tensor) for key, tensor in self.parts.tuner.state(self.parts.model).items()}
+        trained = {key: held_whole(tensor) for key, tensor in self.parts.tuner.state(self.parts.model).items()}
         for key, tensor in trained.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise RunFailed(
                     f"step {progress.step}: {key} is no longer finite; a lower lr may help. Nothing is saved"
                 )
         tensors, meta = work.parallel.joined(*optimiser_state.flatten(work.optimiser), _known(work))
-        return Checkpoint(progress, trained, tensors, meta, random_state(), self.belongs)
+        return Checkpoint(progress, trained, tensors, meta, state_of_each(work.ranks), self.belongs)
 
     def hand_over(self, provenance: Mapping[str, Any], ranks: Ranks = Ranks()) -> None:  # noqa: B008 (frozen)
         """adapter/ with its provenance, or model/ where the base itself was trained: whole, or not at all.

@@ -217,9 +217,12 @@ def in_terms(error: BaseException, session: Session, folder: Run) -> BaseExcepti
         message = f"{error.filename or folder.path}: cannot be written: {error.strerror}"
         return RunFailed(message) if session.began else UserError(message)
     if is_out_of_memory(error):
+        from ftrun.tasks.room import less
+
         at = f"in step {done + 1}" if session.began or done else "before the first step was done"
         peak = session.settled.plan.needed_bytes / 1e9
-        return RunFailed(f"out of memory {at}: {str(error).splitlines()[0][:200]}. Planned: {peak:.2f} GB at the peak")
+        said = f"out of memory {at}: {' '.join(str(error).split())[:200]}. Planned: {peak:.2f} GB at the peak"
+        return RunFailed(f"{said}. {settings} resume=force needs less" if (settings := less(session)) else said)
     return error
 
 

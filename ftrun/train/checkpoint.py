@@ -100,7 +100,8 @@ def load(path: Path) -> Checkpoint:
         parts = {part: load_file(path / f"{part}.safetensors") for part in _PARTS}
         progress = _progress(state["progress"], path.name)
         check_optimiser(parts["optimiser"], state["optimiser"])
-        if parts["random"]["cpu"].shape != torch.get_rng_state().shape:
+        generators = [parts["random"]["cpu"], *(t for n, t in parts["random"].items() if n.startswith("cpu@"))]
+        if any(state.shape != torch.get_rng_state().shape for state in generators):
             raise ValueError("random.safetensors holds no generator's state")
         belongs = dict(state.get("belongs") or {})
         if not all(isinstance(digest, str) for digest in belongs.values()):
