@@ -41,6 +41,19 @@ class Interrupted(RuntimeError):
     exit_code = 130
 
 
+def worded(error: Exception) -> tuple[int, str]:
+    """An error's exit code and its message: one line of what is no error of ours, with its type."""
+    if isinstance(error, UserError | RunFailed | Interrupted):
+        return error.exit_code, str(error)
+    return RunFailed.exit_code, f"{type(error).__name__}: {error}".splitlines()[0][:500]
+
+
+def by_code(code: int, message: str) -> Exception:
+    """The error that another process ended with, from its exit code."""
+    kinds: tuple[type[Exception], ...] = (UserError, DoesNotFit, Interrupted)
+    return next((kind for kind in kinds if kind.exit_code == code), RunFailed)(message)  # type: ignore[attr-defined]
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocator, Python's, the system's or torch's on any device, could not give what was asked."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):

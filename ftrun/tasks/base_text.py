@@ -48,6 +48,7 @@ class Subject:
     say: Say
     step: int = 0
     run: Callable[..., Any] = lambda call, *args: call(*args)  # what runs the model where ranks share it
+    told: Callable[[Any], Any] = lambda value: value  # the first rank's value, on all of them
 
     def scored(self, ids: list[list[int]], prefix: Sequence[int]) -> EvalRecord:
         """The loss on rows, all but their first token, by the job's own loss and in micro-batches of its own size."""
@@ -68,7 +69,8 @@ def base_text(subject: Subject, rows: int, tokens: int) -> retention.Text | None
         s.say(f"retention: not measured: there is no text to begin: {why}")
         return None
     path = _kept_at(s, start, rows, tokens)
-    found = _read(path, vocabulary)
+    # another job may write it between two ranks' looks
+    found = retention.Text.read(s.told(_read(path, vocabulary)), vocabulary)
     if found is None and s.step and not tuner.switchable:
         s.say(
             f"retention: not measured: after step {s.step} of method={s.job.method.choice} the base "
@@ -132,9 +134,10 @@ def _base(s: Subject) -> contextlib.AbstractContextManager[None]:
     return tuner.disabled(s.parts.model) if tuner.switchable else contextlib.nullcontext()
 
 
-def _read(path: Path, vocabulary: int) -> retention.Text | None:
+def _read(path: Path, vocabulary: int) -> dict[str, Any] | None:
     """The text that is kept; None where there is none, or a damaged one, which is written again."""
     try:
-        return retention.Text.read(read_json(path), vocabulary)
+        found = retention.Text.read(read_json(path), vocabulary)
     except UserError:
         return None
+    return dataclasses.asdict(found) if found else None

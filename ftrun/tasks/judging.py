@@ -61,6 +61,7 @@ class Judge:
             corpus=s.corpus,
             loss=s._loss,
             run=s.work.parallel.run,
+            told=s.ranks.told,
             autocast=s.work.autocast,
             micro_batch=s.settled.micro_batch,
             pad_id=s.pad_id,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,36 @@ class Keeper:
         self._writing, self._of = Aside(), 0
         self.belongs = {"base": parts.base.hash(), "data": fingerprint(corpus)}
 
-    def found(self, resume: str) -> Checkpoint | None:
-        """The newest whole checkpoint. Raises UserError where it belongs to another base or other rows."""
+    def found(self, resume: str, ranks: Ranks = Ranks()) -> Checkpoint | None:  # noqa: B008 (frozen)
+        """The newest whole checkpoint; of several ranks the first one chooses it. Raises UserError where it belongs to
+        another base or other rows, and on all ranks where one of them does not see what the first one does.
+        """
+        found, mark = None, None
+        with ranks.together():
+            if ranks.first:
+                found = self._newest(resume)
+                mark = found and checkpoint.mark(self.run.checkpoints, found.progress.step)
+        first = ranks.told({"belongs": self.belongs, "step": found and found.progress.step, "mark": mark})
+        with ranks.together():
+            if not ranks.first:
+                found = self._same(first, f"rank {ranks.rank} on {socket.gethostname()}")
+        return found
+
+    def _same(self, first: Mapping[str, Any], where: str) -> Checkpoint | None:
+        """The checkpoint that the first rank goes on from, as it lies here."""
+        for what in (what for what, digest in self.belongs.items() if digest != first["belongs"][what]):
+            raise UserError(f"{where} has another {what} than the first rank: expected the same on all machines")
+        if first["step"] is None:
+            return None
+        path, shared = self.run.checkpoints / f"step-{first['step']}", "the run's folder must be one that all share"
+        try:
+            if checkpoint.mark(self.run.checkpoints, first["step"]) == first["mark"]:
+                return checkpoint.load(path)
+        except (OSError, UserError) as error:
+            raise UserError(f"{path}: {where} does not see it ({reason(error)}): {shared}") from error
+        raise UserError(f"{path}: {where} sees another one than the first rank: {shared}")
+
+    def _newest(self, resume: str) -> Checkpoint | None:
         found = checkpoint.latest(self.run.checkpoints, self.say)
         if found is None:
             return None
@@ -83,13 +112,17 @@ class Keeper:
         own = {name: trained.parameter for name, trained in tuner.named(model).items()}
         tuner.load_state(model, {name: cut_as(tensor, own.get(name)) for name, tensor in tensors.items()})
 
-    def load_best(self) -> bool:
-        """The best weights into the model; False, said aloud, where they are damaged."""
+    def load_best(self, ranks: Ranks = Ranks()) -> bool:  # noqa: B008 (frozen)
+        """The best weights into the model, on all ranks; False, said aloud, where one of them finds none whole."""
+        found, why = None, "another rank does not see the best weights"
         try:
-            self.load_trained(checkpoint.load(self.run.checkpoints / "best").trained)
+            found = checkpoint.load(self.run.checkpoints / "best")
         except UserError as error:
-            self.say(f"warning: {error}; the last step's weights are handed over")
+            why = str(error)
+        if ranks.any(found is None) or found is None:
+            self.say(f"warning: {why}; the last step's weights are handed over")
             return False
+        self.load_trained(found.trained)
         return True
 
     def save(self, work: Work, progress: Progress, name: str | None = None) -> str | None:

@@ -117,7 +117,7 @@ class Session:
         """Weights, evaluation, the loop, evaluation, the adapter; returns what result.json holds."""
         torch_device = assemble.torch_device(self.device)
         self.keeper = Keeper(run, self.job, self.parts, self.corpus, self.console.say)
-        found = self.keeper.found(self.job.resume)
+        found = self.keeper.found(self.job.resume, self.ranks)
         self._start(run, found.progress.step if found else None)
         torch.manual_seed(self.job.seed)
         place = assemble.filled_on(torch_device, self.settled.strategy)
@@ -215,7 +215,7 @@ class Session:
         work.batches, work.watch, work.skips, work.say = batches, self.peak.watch, job.skip_nonfinite, self.console.say
         work.save_steps, work.save_seconds = job.save_interval()
         work.save = lambda progress: self.keeper.save(work, progress)
-        if copies(self):
+        if not self.ranks.any(not copies(self)):  # a host's memory is its own, and all ranks save in one way
             work.save_aside = lambda progress: self.keeper.save_aside(work, progress)
         if options.evaluates and len(self.corpus.held_out):
             evaluations = Evaluations(self)
@@ -269,7 +269,7 @@ class Session:
         record = self.work.evaluate(self.progress.step)
         best = self.progress.best_loss
         better = when == "after" and self.work.save_best and best is not None and best < record.loss
-        if better and self.keeper.load_best():
+        if better and self.keeper.load_best(self.ranks):
             self.console.say(f"the best weights are those of step {self.progress.best_step}: they are handed over")
             record = self.work.evaluate(self.progress.step)
         said = self._answer()
@@ -288,8 +288,11 @@ class Session:
 
     def _evaluated_before(self) -> bool:
         """Whether an earlier run has evaluated this very base on these very rows; its figures are then taken."""
-        path = self._base_figures()
-        found = read_json(path) if path and path.is_file() else None
+        path, found = self._base_figures(), None
+        with self.ranks.together():
+            if path and self.ranks.first:  # another job may write it between two ranks' looks
+                found = read_json(path)
+        found = self.ranks.told(found)
         if found is None:
             return False
         self._note_evaluation("before", EvalRecord(**found))

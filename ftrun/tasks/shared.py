@@ -133,6 +133,7 @@ def prepare(
 class Watch:
     """What a study wants of a run. until: steps after which it is left, with a checkpoint. rungs: steps at which it is
     evaluated besides. verdict: hears each evaluation on the way; where it says False, the run is left there.
+    stopped: whether the run is to save what it has and end.
     """
 
     def __init__(
@@ -142,17 +143,23 @@ class Watch:
         verdict: Callable[[int, float], bool] = lambda step, loss: True,
         stopped: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.until, self.rungs, self._verdict, self._stopped = until, rungs, verdict, stopped
+        self.until, self.rungs, self._verdict, self.stopped = until, rungs, verdict, stopped
         self.pruned = False
 
     def evaluated(self, record: EvalRecord) -> None:
         """An evaluation between the first step and the last."""
-        if record.step and not self._verdict(record.step, record.loss):
-            self.pruned = True
+        if record.step:
+            self.goes_on(record.step, record.loss)
+
+    def goes_on(self, step: int, loss: float) -> bool:
+        """The verdict on a held-out loss."""
+        go = self._verdict(step, loss)
+        self.pruned = self.pruned or not go
+        return go
 
     def halts(self, step: int) -> bool:
         """Whether the run is left after this step."""
-        return self.pruned or self._stopped() or (self.until is not None and step >= self.until)
+        return self.pruned or self.stopped() or (self.until is not None and step >= self.until)
 
 
 def _key(part: Part) -> str:

@@ -18,6 +18,7 @@ from ftrun.runs import Run, cache_dir, check_run, differences, open_run, read_js
 if TYPE_CHECKING:
     from ftrun.tasks.session import Session
     from ftrun.tasks.shared import Shared, Watch
+    from ftrun.train.launch import Nodes
 
 # what a disk or its owner refuses; other errors of the system are not the run folder's
 _REFUSALS: tuple[int, ...] = (
@@ -47,21 +48,19 @@ def carry_out(job: Job, console: Console, shared: Shared | None = None, watch: W
     """
     out = Path(job.out) if job.out else Path("runs") / (job.name or default_name(job))
     _check_base(job)
+    if job.devices > 1:
+        if on_ranks(job, out, console, watch):
+            _evaluate(job, out, console)
+        return
     there = check_run(out, job.as_dict(), job.resume)
     if there is not None and finished(out, there, job):
         _make_up(job, out, console)
         return
     cache = cache_dir()
-    if job.devices == 1:
-        console.show(job.as_dict())
+    console.show(job.as_dict())
     from ftrun.tasks.card import write_card
     from ftrun.tasks.session import Session
 
-    if job.devices > 1:
-        if on_ranks(job, out):
-            write_card(out, console.say)
-            _evaluate(job, out, console)
-        return
     session = Session(job, cache, console, shared, watch)
     session.prepare(out)
     if there is not None and finished(out, there, job, session.total):
@@ -101,12 +100,9 @@ def _evaluate(job: Job, out: Path, console: Console) -> None:
 
 
 def _make_up(job: Job, out: Path, console: Console) -> None:
-    """What a process that was killed at a run's very end has left undone; of several machines the first does it."""
+    """What a process that was killed at a run's very end has left undone."""
     from ftrun.tasks.card import write_card
-    from ftrun.train.launch import nodes_of
 
-    if job.devices > 1 and nodes_of(job.nnodes, job.rdzv_endpoint, os.environ).index:
-        return
     left = _undone(job, out)
     if "its card" in left:
         write_card(out, console.say)
@@ -122,40 +118,46 @@ def _undone(job: Job, out: Path) -> list[str]:
     return [*["its card"] * card_left, *["its evaluation"] * evaluate.undone(job, out)]
 
 
-def on_ranks(job: Job, out: Path) -> bool:
+def on_ranks(job: Job, out: Path, console: Console, watch: Watch | None = None) -> bool:
     """The job in as many processes as it has devices, each of which reads it as it was composed once; returns whether
-    this machine is the first of the job's.
+    the first of them, on this machine, has trained it to its end.
 
-    This process holds the folder, starts them, and ends as the first of them that failed.
+    This process starts them, answers them, and ends as the first of them that failed. The first one holds the folder:
+    on several machines its is the one that counts, and nobody knows before they meet where it is.
     """
-    from ftrun.tasks.rank import freeze
-    from ftrun.train.launch import launch, nodes_of, processes_here
+    from ftrun.tasks.desk import Desk
+    from ftrun.train.launch import launch, processes_here
 
-    nodes = nodes_of(job.nnodes, job.rdzv_endpoint, os.environ)
+    nodes = _nodes(job, watch)
     processes = processes_here(job.devices, nodes)
-    folder = open_run(out, job.as_dict(), job.resume) if nodes.index == 0 else None
-    told = out / f".job.yaml.{os.getpid()}.tmp"  # a name that is tidied away, should this process be killed
+    if nodes.count == 1:
+        there = check_run(out, job.as_dict(), job.resume)
+        if there is not None and finished(out, there, job):
+            _make_up(job, out, console)
+            return False
+    else:
+        console.say(f"nodes   {nodes.count} meet at {nodes.endpoint}")
     try:
-        out.mkdir(parents=True, exist_ok=True)  # another machine's is made by the first
-        freeze(job, told)
-        launch(["-m", "ftrun.tasks.rank", str(out), str(told)], processes, nodes, job.max_restarts)
+        with Desk(job, watch) as desk:
+            command = ["-m", "ftrun.tasks.rank", str(out), desk.name]
+            launch(command, processes, nodes, job.max_restarts, lambda: desk.ended)
     except Interrupted as error:
         saved = saved_steps(out / "checkpoints")
         raise Interrupted(
             f"interrupted; the same command goes on from step {saved[-1]}" if saved else str(error)
         ) from None
-    finally:
-        told.unlink(missing_ok=True)
-        if folder is not None:
-            if not _worth(out):
-                folder.discard()
-            folder.release()
-    return nodes.index == 0
+    return desk.trained
 
 
-def _worth(out: Path) -> bool:
-    """Whether a run's folder holds more than what was to be done."""
-    return any((out / name).exists() for name in ("result.json", "metrics.jsonl", "checkpoints"))
+def _nodes(job: Job, watch: Watch | None) -> Nodes:
+    """The machines of the job; a study's job has one, wherever the study itself runs."""
+    from ftrun.train.launch import Nodes, nodes_of
+
+    if watch is None:
+        return nodes_of(job.nnodes, job.rdzv_endpoint, os.environ)
+    if (job.nnodes or 1) > 1:
+        raise UserError(f"nnodes={job.nnodes}: each job of a study runs on one machine; train it without -m")
+    return Nodes()
 
 
 def default_name(job: Job) -> str:

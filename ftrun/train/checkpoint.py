@@ -90,6 +90,11 @@ def latest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
     return None
 
 
+def mark(folder: Path, step: int) -> str:
+    """SHA-256 that stands for all of a step's checkpoint: of its state.json, which holds the files'. Raises OSError."""
+    return _digest(folder / f"step-{step}" / "state.json")
+
+
 def load(path: Path) -> Checkpoint:
     """The checkpoint in a folder. Raises UserError that names the file where one is damaged."""
     try:

@@ -13,9 +13,10 @@ import signal
 import sys
 import threading
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from ftrun.errors import DoesNotFit, Interrupted, RunFailed, UserError
 
@@ -25,10 +26,9 @@ _SHUTDOWN = 30  # seconds that workers have to save what they hold when they are
 
 @dataclass(frozen=True)
 class Nodes:
-    """The machines of a job. count: how many; index: of this one, from 0; endpoint: where they meet, "" for one."""
+    """The machines of a job. count: how many; endpoint: where they meet, "" for one. Their order is the meeting's."""
 
     count: int = 1
-    index: int = 0
     endpoint: str = ""
     key: str = ""  # the same on all of them, another for each job
 
@@ -42,69 +42,103 @@ def nodes_of(nnodes: int | None, endpoint: str | None, environment: Mapping[str,
     count = nnodes or (slurm.count if slurm else 1)
     if count == 1:
         return Nodes()
-    index = slurm.index if slurm else int(environment.get("NODE_RANK", environment.get("GROUP_RANK", "0")))
     place = endpoint or (slurm.endpoint if slurm else "")
     if not place:
         raise UserError(
             f"nnodes={count}: give the place where they meet, the same on each: rdzv_endpoint=HOST:{_PORT}; inside a "
             "Slurm allocation (srun ftrun …) it is found"
         )
-    return Nodes(count, index, place, slurm.key if slurm else re.sub(r"\W", "-", place))
+    return Nodes(count, place, slurm.key if slurm else re.sub(r"\W", "-", place))
 
 
 def _of_slurm(environment: Mapping[str, str]) -> Nodes | None:
-    """What Slurm says of a step that srun began on several nodes, one task on each."""
-    count = int(environment.get("SLURM_STEP_NUM_NODES") or environment.get("SLURM_NNODES") or 1)
-    hosts = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST") or ""
-    if count < 2 or "SLURM_NODEID" not in environment or not hosts:
+    """What Slurm says of a step that srun began on several nodes, one task on each. Raises UserError for more of them.
+
+    A batch script is a step of one node, whatever its job has: only srun's tasks have SLURM_STEP_NUM_NODES.
+    """
+    count, hosts = int(environment.get("SLURM_STEP_NUM_NODES") or 1), environment.get("SLURM_STEP_NODELIST")
+    if count < 2 or not hosts:
         return None
-    job = environment.get("SLURM_JOB_ID", "0")
-    port = _PORT + int(job) % 1000  # two jobs may share a machine
-    return Nodes(count, int(environment["SLURM_NODEID"]), f"{first_host(hosts)}:{port}", f"slurm-{job}")
+    if (tasks := int(environment.get("SLURM_STEP_NUM_TASKS") or count)) != count:
+        raise UserError(f"srun: found {tasks} tasks on {count} nodes, expected one on each: srun --ntasks-per-node=1")
+    job, step = environment.get("SLURM_JOB_ID", "0"), environment.get("SLURM_STEP_ID", "0")
+    port = _PORT + (int(job) + int(step)) % 1000  # two steps may share a machine
+    return Nodes(count, f"{first_host(hosts)}:{port}", f"slurm-{job}-{step}")
 
 
 def first_host(hosts: str) -> str:
     """The first host of Slurm's list: "gpu[03-05,9],cpu1" -> "gpu03"."""
-    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", re.match(r"[^,\[]+(\[[^\]]*\])?[^,\[]*", hosts).group(0))  # type: ignore[union-attr]
+    first = re.match(r"([^,\[]|\[[^\]]*\])+", hosts)
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first.group(0) if first else hosts)
 
 
-def launch(arguments: Sequence[str], processes: int, nodes: Nodes = Nodes(), max_restarts: int = 0) -> None:
+def launch(
+    arguments: Sequence[str],
+    processes: int,
+    nodes: Nodes = Nodes(),
+    max_restarts: int = 0,
+    ended: Callable[[], Exception | None] = lambda: None,
+) -> None:
     """`python ARGUMENTS` in so many processes on this machine, until all have ended.
 
     Raises what the first one that failed ended with: UserError (2), DoesNotFit (3), RunFailed (4) or Interrupted
     (130), with its message; RunFailed where one died without a word. The others are ended within seconds. Torch's
-    launcher starts all of them anew, `max_restarts` times, where one failed.
+    launcher starts all of them anew, `max_restarts` times, where one was lost; not where `ended` has heard from one
+    why it ended.
     """
     from torch.distributed.elastic.agent.server.api import SignalException
     from torch.distributed.elastic.multiprocessing import SignalException as Stopped
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
+    from torch.distributed.launcher.api import elastic_launch
 
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # what it says of failures, we say in one line
-    config = LaunchConfig(
-        min_nodes=nodes.count,
-        max_nodes=nodes.count,
-        nproc_per_node=processes,
-        run_id=nodes.key or uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint=nodes.endpoint or "localhost:0",
-        rdzv_configs={"timeout": 900},
-        max_restarts=max_restarts,
-        monitor_interval=0.5,
-        shutdown_timeout=_SHUTDOWN,
-    )
     before = {k: os.environ.get(k) for k in _ENVIRONMENT}
     os.environ.update(_environment(processes))
     try:
         with _handlers_kept():
-            elastic_launch(config, sys.executable)(*arguments)
+            elastic_launch(_config(processes, nodes, max_restarts, ended), sys.executable)(*arguments)
     except ChildFailedError as error:
-        raise _told(error) from None
+        raise ended() or _told(error) from None
+    except RendezvousError as error:
+        raise ended() or _not_met(error, nodes) from None
     except (SignalException, Stopped):
         raise Interrupted("interrupted") from None
     finally:
         for key, value in before.items():
             os.environ.pop(key, None) if value is None else os.environ.__setitem__(key, value)
+
+
+def _config(processes: int, nodes: Nodes, max_restarts: int, ended: Callable[[], Exception | None]) -> Any:
+    from torch.distributed.launcher.api import LaunchConfig
+
+    from ftrun.train.rendezvous import BACKEND
+
+    return LaunchConfig(
+        min_nodes=nodes.count,
+        max_nodes=nodes.count,
+        nproc_per_node=processes,
+        run_id=nodes.key or uuid.uuid4().hex,
+        rdzv_backend=BACKEND,
+        rdzv_endpoint=nodes.endpoint or "localhost:0",
+        rdzv_configs={"ended": ended},
+        max_restarts=max_restarts,
+        monitor_interval=0.5,
+        shutdown_timeout=_SHUTDOWN,
+    )
+
+
+def _not_met(error: Exception, nodes: Nodes) -> Exception:
+    """Why the machines' meeting has failed, or has ended before its end."""
+    from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousTimeoutError
+
+    if isinstance(error, RendezvousTimeoutError):
+        return UserError(
+            f"nnodes={nodes.count}: not all of them came to {nodes.endpoint} in time: is ftrun started on each?"
+        )
+    if isinstance(error, RendezvousClosedError):
+        return RunFailed("another of the job's machines has ended the run, and says why")
+    return RunFailed(f"the connection to the job's other machines, at {nodes.endpoint}, is lost: {error}")
 
 
 _ENVIRONMENT = ("OMP_NUM_THREADS", "FTRUN_PARENT")
@@ -135,7 +169,7 @@ def _told(error: Exception) -> Exception:
     """The first failure of a worker as ours."""
     place, failure = error.get_first_failure()  # type: ignore[attr-defined]
     code, message = failure.exitcode, failure.message if isinstance(failure.message, str) else ""
-    said = message if message and not message.startswith(("<", "Signal")) else ""
+    said = message if message and not message.startswith(("<", "Signal", "To enable")) else ""
     if code == Interrupted.exit_code:
         return Interrupted(said or "interrupted")
     if code == DoesNotFit.exit_code:

@@ -11,12 +11,14 @@ import datetime
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+
+from ftrun.errors import by_code, worded
 
 _PATIENCE = datetime.timedelta(minutes=30)  # for the slowest thing that one rank does alone; a death is seen at once
 
@@ -52,10 +54,10 @@ class Ranks:
         return here if self.alone else self.most([float(here)])[0] > 0
 
     def told(self, value: Any, by: int = 0) -> Any:
-        """One rank's value, the first one's, on each of them: what JSON can say."""
+        """The value of one rank, the first, on each of them: what JSON can say."""
         if self.alone:
             return value
-        text = json.dumps(value).encode() if self.rank == by else b""
+        text = json.dumps(value, default=str).encode() if self.rank == by else b""
         size = int(self.sums([float(len(text))])[0])
         held = torch.zeros(size, dtype=torch.uint8)
         if self.rank == by:
@@ -80,6 +82,24 @@ class Ranks:
                 if self.first:
                     held[name] = piece.cpu()
         return found
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What one rank meets within the block, which has none wait for another, is raised on all of them after it."""
+        trouble = None
+        try:
+            yield
+        except Exception as error:
+            trouble = error
+        self.agree(trouble)
+
+    def agree(self, trouble: Exception | None) -> None:
+        """Raises on all ranks what any of them has met: of several the lowest rank's."""
+        by = self.world - int(self.most([float(self.world - self.rank) if trouble else 0.0])[0])
+        if by == self.world:
+            return
+        code, message = self.told(worded(trouble) if trouble else None, by)
+        raise trouble if trouble and self.rank == by else by_code(code, message)
 
     def wait(self) -> None:
         """Until all ranks are here."""

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from ftrun.errors import DoesNotFit
 from ftrun.tasks import train
-from ftrun.train.launch import Nodes, first_host, launch, nodes_of
+from ftrun.train.launch import launch
 from tests.jobs import overrides, tiny_base, tiny_job, write_rows
 
 STEADY = ("optim.schedule=constant", "optim.warmup=0", "micro_batch=1", "eval.retention=0", "eval.max_new_tokens=0")
@@ -131,22 +131,6 @@ def test_a_job_that_does_not_fit_is_refused_by_its_ranks_as_by_one_process(tmp_p
     with pytest.raises(DoesNotFit, match="GB at its peak"):
         train.run(tiny_job(tmp_path, "method=lora", *STEADY, "steps=2", "devices=2", "device.memory=1MB"))
     assert not (tmp_path / "run").exists()
-
-
-def test_where_machines_meet() -> None:
-    assert nodes_of(None, None, {}) == Nodes()
-    slurm = {
-        "SLURM_NNODES": "2",
-        "SLURM_NODEID": "1",
-        "SLURM_JOB_ID": "7005",
-        "SLURM_JOB_NODELIST": "gpu[03-05,9],cpu1",
-    }
-    found = nodes_of(None, None, slurm)
-    assert (found.count, found.index, found.endpoint, found.key) == (2, 1, "gpu03:29405", "slurm-7005")
-    assert first_host("a1,a2") == "a1"
-    assert first_host("node-7") == "node-7"
-    with pytest.raises(ValueError, match="rdzv_endpoint"):
-        nodes_of(2, None, {})
 
 
 def children(pid: int) -> list[int]:

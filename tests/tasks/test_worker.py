@@ -93,6 +93,19 @@ def test_a_verdict_against_it_ends_a_run(tmp_path: Path) -> None:
     assert (read_json(tmp_path / "one" / "result.json") or {})["steps"] == 2
 
 
+def test_several_devices_stop_where_they_are_asked_to(tmp_path: Path) -> None:
+    channel, more = Told(), ("devices=2", "eval.retention=0")
+    told = Worker(channel).train(request(tmp_path, "one", *more, until=2, rungs=[1, 2], asks=True))
+    assert told["status"] == "paused", told
+    assert [r["step"] for r in channel.replies if r["event"] == "rung"] == [1, 2]
+    assert (read_json(tmp_path / "one" / "result.json") or {})["steps"] == 2
+
+
+def test_several_machines_are_refused(tmp_path: Path) -> None:
+    told = Worker(Told()).train(request(tmp_path, "one", "devices=2", "nnodes=2", "rdzv_endpoint=localhost:29400"))
+    assert (told["status"], str(told["reason"])[:9]) == ("invalid", "nnodes=2:")
+
+
 def test_a_signal_in_the_middle_is_no_end(tmp_path: Path) -> None:
     """SIGTERM by somebody else: the trial is left with a checkpoint, and is not taken for done."""
 
