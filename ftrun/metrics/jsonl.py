@@ -22,20 +22,20 @@ class JsonLines:
     """The sink of both files.
 
     after: the step of the checkpoint that the run goes on from: later lines are dropped, since their steps come
-    again. None: the run begins, and the files are begun anew. ended: all steps were done before, so that the last
-    evaluation comes again as well. say: hears of damaged lines, which are left out.
+    again. None: the run begins, and the files are begun anew. again: the evaluation after that step comes again as
+    well. say: hears of damaged lines, which are left out.
     """
 
     def __init__(
-        self, after: int | None = None, ended: bool = False, say: Callable[[str], None] = lambda text: None
+        self, after: int | None = None, again: bool = False, say: Callable[[str], None] = lambda text: None
     ) -> None:
-        self.after, self.ended, self.say_damage = after, ended, say
+        self.after, self.again, self.say_damage = after, again, say
         self._metrics: TextIO | None = None
         self._evals: TextIO | None = None
 
     def start(self, job: dict[str, Any], run: Path) -> None:
         self._metrics = _open(run / "metrics.jsonl", self.after, self.say_damage)
-        last = None if self.after is None else self.after - self.ended
+        last = None if self.after is None else self.after - self.again
         self._evals = _open(run / "evals.jsonl", last, self.say_damage)
 
     def step(self, record: StepRecord) -> None:

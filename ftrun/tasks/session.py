@@ -118,7 +118,7 @@ class Session:
         torch_device = assemble.torch_device(self.device)
         self.keeper = Keeper(run, self.parts, self.corpus, self.console.say, self.job.save_last)
         found = self.keeper.found(self.job.resume)
-        self._start(run, found.progress.step if found else None)
+        self._start(run, found.progress if found else None)
         torch.manual_seed(self.job.seed)
         assemble.furnish(
             self.job, self.parts, torch_device, self.cache, self.console.say, self.settled.recomputed, self.shared.shelf
@@ -142,6 +142,9 @@ class Session:
         self._evaluate_ends("before", run)
         with stop_requests(self.console.say) as asked:
             self.work.stop = lambda: asked() or self.watch.halts(self.progress.step)
+            self.work.overdue = asked.overdue
+            if self.ranks.alone:  # of several ranks none may leave a step alone: they ask one another
+                self.work.abandonable = asked.abandonable
             for record in train(self.work, self.progress):
                 self.began = True
                 self._record(record)
@@ -167,12 +170,14 @@ class Session:
 
     # --- the parts ---
 
-    def _start(self, run: Run, after: int | None) -> None:
+    def _start(self, run: Run, found: Progress | None) -> None:
         self.console.total = self.total
         if not self.ranks.first:
             return
         write_json(run.path / "plan.json", self.settled.plan.as_dict())
-        self.sinks.append(jsonl.JsonLines(after, after is not None and after >= self.total, self.console.say))
+        after = found.step if found else None
+        again = found is not None and (found.unevaluated or found.step >= self.total)
+        self.sinks.append(jsonl.JsonLines(after, again, self.console.say))
         if self.tracker is not None:
             self.sinks.append(self.tracker)
         for sink in self.sinks:

@@ -7,16 +7,21 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from ftrun.errors import Interrupted, RunFailed
+from ftrun.train.generators import random_state, restore_random
+from ftrun.train.interrupt import Abandoned
 from ftrun.train.parallel import Alone, clip_by
 from ftrun.train.ranks import Ranks
 from ftrun.train.recover import Room, Steps, drop_gradients, undoing
 from ftrun.values import Batch, EvalRecord, StepRecord
+
+T = TypeVar("T")
+_LONG = 5.0  # seconds: ranks ask one another within a step, a collective each time, only after one that took longer
 
 
 @dataclass
@@ -37,6 +42,7 @@ class Progress:
     skipped: list[int] = field(default_factory=list)  # steps whose loss or gradients were not finite
     saves: int = 0  # checkpoints
     save_seconds: float = 0.0  # that the loop has waited for them
+    unevaluated: bool = False  # the evaluation after this step was left for a request to stop
 
 
 @dataclass
@@ -72,6 +78,9 @@ class Work:
     save_seconds: float | None = None
     watch: Callable[[int], Any] = field(default=lambda step: contextlib.nullcontext())  # around a step's computing
     stop: Callable[[], bool] = field(default=lambda: False)  # whether someone asked to stop
+    overdue: Callable[[], bool] = field(default=lambda: False)  # and can wait no longer: the step at hand is left
+    abandonable: Callable[[], Any] = contextlib.nullcontext  # raises Abandoned there by itself
+    asks: bool = True  # whether ranks ask one another within a step
     ranks: Ranks = Ranks()  # noqa: RUF009 (frozen); the processes that share the step
     parallel: Alone = field(default_factory=Alone)  # how they share the model
     room: Room | None = None  # ways to need less memory; None: a step that runs out of it ends the run
@@ -83,11 +92,23 @@ def train(work: Work, progress: Progress) -> Iterator[StepRecord | EvalRecord]:
     """Train from `progress` to the end; yields each step's record and each evaluation's.
 
     Saves a checkpoint when one is due and after the last step. Raises Interrupted, with a checkpoint saved, where
-    `work.stop()` turns true; RunFailed where more than `work.skips` steps had a loss or gradients that are not finite,
-    where memory is too short for one row, and where that checkpoint failed.
+    `work.stop()` turns true, a step or an evaluation that keeps it waiting undone; Abandoned where that was the first
+    step; RunFailed where more than `work.skips` steps had a loss or gradients that are not finite, where memory is too
+    short for one row, and where that checkpoint failed.
     """
+    try:
+        yield from _steps(work, progress)
+    except Abandoned:
+        if not progress.step or not work.save:
+            raise
+        raise _stopped(work, progress, _save(work.save, progress)) from None
+
+
+def _steps(work: Work, progress: Progress) -> Iterator[StepRecord | EvalRecord]:
     saved_at = time.monotonic()
     work.model.train()
+    if progress.unevaluated and work.evaluate:
+        yield _evaluate(work, progress)
     if _is_stale(work, progress):  # it goes on from the checkpoint of an early end
         return
     steps = Steps(work, progress)
@@ -138,7 +159,9 @@ def _step(work: Work, micro_batches: Sequence[Batch], progress: Progress) -> Ste
         [sum(b.supervised for b in micro_batches), sum(b.tokens for b in micro_batches)]
     )
     with work.watch(step):
-        total, norm = undoing(work, micro_batches, lambda batches: gradients(work, batches, supervised))
+        total, norm = _leaving(
+            work, lambda: undoing(work, micro_batches, lambda batches: gradients(work, batches, supervised))
+        )
         loss, size = work.ranks.sums([float(total)])[0] / supervised, float(norm)
         finite = math.isfinite(loss) and math.isfinite(size)
         update(work) if finite else drop_gradients(work)
@@ -146,10 +169,24 @@ def _step(work: Work, micro_batches: Sequence[Batch], progress: Progress) -> Ste
         rows = sorted(r for b in micro_batches for r in b.rows)
         _skip(work, progress, f"step {step + 1}: loss {loss}, gradient norm {size}: not finite", rows)
     seconds = time.perf_counter() - started
-    held, peak = map(int, work.ranks.most(work.memory()))
+    *memory, slowest = work.ranks.most((*work.memory(), seconds))
+    work.asks, (held, peak) = slowest > _LONG, map(int, memory)
     lr = work.rates[0] * rate
     sizes = (int(tokens), int(supervised), tokens / seconds, held, peak, seconds)
     return StepRecord(step + 1, loss, lr, size, *sizes, skipped=not finite)
+
+
+def _leaving(work: Work, compute: Callable[[], T]) -> T:
+    """What `compute` makes; raises Abandoned, no gradient left and the generators as they were, where it takes too
+    long for a request to stop."""
+    before = random_state()
+    try:
+        with work.abandonable():
+            return compute()
+    except Abandoned:
+        drop_gradients(work)
+        restore_random(before)
+        raise
 
 
 def _skip(work: Work, progress: Progress, what: str, rows: Sequence[int]) -> None:
@@ -178,6 +215,8 @@ def accumulate(work: Work, micro_batches: Sequence[Batch], supervised: float | N
     whole = sum(b.supervised for b in micro_batches) if supervised is None else supervised
     total = torch.zeros((), dtype=torch.float32, device=work.device)
     for number, batch in enumerate(micro_batches, 1):
+        if number > 1 and work.asks and work.ranks.any(work.overdue()):
+            raise Abandoned
         with work.parallel.passing(last=number == len(micro_batches)):
             with work.autocast():
                 loss = work.parallel.loss(work.loss, batch.to(work.device))
@@ -224,7 +263,10 @@ def _count(progress: Progress, record: StepRecord) -> None:
 
 def _evaluate(work: Work, progress: Progress) -> EvalRecord:
     assert work.evaluate is not None
-    record = work.evaluate(progress.step)
+    progress.unevaluated = True
+    with work.abandonable():
+        record = work.evaluate(progress.step)
+    progress.unevaluated = False
     before = progress.best_loss, progress.best_step
     best = progress.best_loss is None or record.loss < progress.best_loss
     progress.stale = 0 if best else progress.stale + 1

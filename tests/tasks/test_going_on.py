@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ftrun.errors import Interrupted, RunFailed, UserError
 from ftrun.lock import Lock
 from ftrun.tasks import keep, room, session
 from ftrun.tasks import train as task
-from ftrun.train import checkpoint, loop
+from ftrun.train import checkpoint, interrupt, loop
 from ftrun.train.interrupt import terminable
 from tests.jobs import tiny_job, write_rows
 
@@ -84,6 +85,68 @@ def test_a_stop_in_the_last_evaluation_loses_nothing(
     assert steps_in(run / "metrics.jsonl") == [1, 2, 3]
     assert steps_in(run / "evals.jsonl") == [0, 3]
     assert read(run / "result.json")["eval"] == read(tmp_path / "whole/result.json")["eval"] | {}
+
+
+def hang() -> None:
+    kill(signal.SIGTERM)()
+    time.sleep(60)
+
+
+def in_a_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], object]) -> None:
+    """Between two micro-batches of a step, or in the first."""
+    own, passes = loop.accumulate, 0
+
+    def accumulate(work: Any, batches: Any, supervised: Any = None) -> Any:
+        inner = work.loss
+
+        def loss(batch: Any) -> Any:
+            nonlocal passes
+            passes += 1
+            found = inner(batch)
+            if passes == 2 * step:
+                act()
+            return found
+
+        work.loss = loss
+        try:
+            return own(work, batches, supervised)
+        finally:
+            work.loss = inner
+
+    monkeypatch.setattr(loop, "accumulate", accumulate)
+
+
+@pytest.mark.parametrize("where", [in_a_step, at_evaluation])
+def test_a_step_or_an_evaluation_that_takes_too_long_is_left_and_comes_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: Callable[..., None]
+) -> None:
+    words = (*LORA, "dropout=0.1", "steps=4", "eval.every=2", "eval.keep_best=true", "batch=8", "micro_batch=4")
+    task.run(tiny_job(tmp_path, *words, f"out={tmp_path}/whole"))
+    job, run = tiny_job(tmp_path, *words), tmp_path / "run"
+    monkeypatch.setattr(interrupt, "GRACE", 0.2)
+    where(monkeypatch, 3 if where is in_a_step else 2, hang)
+    with terminable(), pytest.raises(Interrupted, match="after step 2 of 4; a checkpoint is saved"):
+        task.run(job)
+    monkeypatch.undo()
+    saved = checkpoint.load(run / "checkpoints/step-2").progress
+    assert saved.unevaluated == (where is at_evaluation)
+    assert task.run(job) == 0
+    assert adapter(run) == adapter(tmp_path / "whole")
+    assert steps_in(run / "metrics.jsonl") == [1, 2, 3, 4]
+    timeless = [
+        [{**r, "seconds": 0} for r in map(json.loads, (out / "evals.jsonl").read_text().splitlines())]
+        for out in (run, tmp_path / "whole")
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_a_first_step_that_takes_too_long_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupt, "GRACE", 0.2)
+    in_a_step(monkeypatch, 1, hang)
+    job = tiny_job(tmp_path, *LORA, "steps=3", "batch=8", "micro_batch=4", "eval=none", f"out={tmp_path}/runs/a")
+    with pytest.raises(Interrupted, match="before the first step"):
+        task.run(job)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_stop_before_the_first_step_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

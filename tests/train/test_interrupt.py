@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 import pytest
 
-from ftrun.train.interrupt import Terminated, stop_requests, terminable
+from ftrun.train import interrupt
+from ftrun.train.interrupt import Abandoned, Terminated, stop_requests, terminable
 
 
 def send(number: int) -> None:
@@ -22,7 +24,10 @@ def test_a_termination_is_an_interruption_within_the_block() -> None:
 
 
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_request_waits_for_the_step_and_the_second_does_not(second: int) -> None:
+def test_the_first_request_waits_for_the_step_and_the_second_does_not(
+    second: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interrupt, "SAME", 0.0)
     said: list[str] = []
     with terminable(), stop_requests(said.append) as asked:
         assert not asked()
@@ -33,3 +38,30 @@ def test_the_first_request_waits_for_the_step_and_the_second_does_not(second: in
             send(second)
     with terminable(), pytest.raises(Terminated):
         send(signal.SIGTERM)
+
+
+def test_a_process_and_its_group_signalled_at_once_are_one_request() -> None:
+    """As `timeout` does it."""
+    with stop_requests(lambda text: None) as asked:
+        send(signal.SIGTERM)
+        send(signal.SIGTERM)
+        assert asked()
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+
+
+def test_what_keeps_a_request_waiting_is_left_where_it_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupt, "GRACE", 0.2)
+    before = signal.getsignal(signal.SIGALRM)
+    with stop_requests(lambda text: None) as asked:
+        with pytest.raises(Abandoned), asked.abandonable():  # noqa: PT012 (asked for within)
+            send(signal.SIGTERM)
+            time.sleep(30)
+        time.sleep(0.3)  # what is not so is never left
+        assert asked.overdue()
+        with pytest.raises(Abandoned), asked.abandonable():
+            time.sleep(30)
+    assert signal.getsignal(signal.SIGALRM) == before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    with stop_requests(lambda text: None) as asked, asked.abandonable():
+        time.sleep(0.3)  # nobody asked
