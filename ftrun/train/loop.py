@@ -21,6 +21,7 @@ from ftrun.train.recover import Room, Steps, drop_gradients, undoing
 from ftrun.values import Batch, EvalRecord, StepRecord
 
 T = TypeVar("T")
+_NAMED = 32  # rows in a message
 _LONG = 5.0  # seconds: ranks ask one another within a step, a collective each time, only after one that took longer
 
 
@@ -86,6 +87,7 @@ class Work:
     room: Room | None = None  # ways to need less memory; None: a step that runs out of it ends the run
     skips: int = 0  # steps that may be skipped, because their loss or gradients are not finite
     say: Callable[[str], None] = field(default=lambda text: None)
+    where: Callable[[int], str] = str  # a row in words
 
 
 def train(work: Work, progress: Progress) -> Iterator[StepRecord | EvalRecord]:
@@ -110,6 +112,7 @@ def _steps(work: Work, progress: Progress) -> Iterator[StepRecord | EvalRecord]:
     if progress.unevaluated and work.evaluate:
         yield _evaluate(work, progress)
     if _is_stale(work, progress):  # it goes on from the checkpoint of an early end
+        _tell_stale(work, progress)
         return
     steps = Steps(work, progress)
     for micro_batches in steps:
@@ -129,7 +132,14 @@ def _steps(work: Work, progress: Progress) -> Iterator[StepRecord | EvalRecord]:
         if stop or (ended and work.ranks.any(work.stop())):
             raise _stopped(work, progress, trouble)
         if ended:
+            if progress.step < work.total:
+                _tell_stale(work, progress)
             return
+
+
+def _tell_stale(work: Work, progress: Progress) -> None:
+    evaluations = f"eval.patience={work.patience}: so many evaluations were no better than that of step"
+    work.say(f"training ended after step {progress.step} of {work.total}: {evaluations} {progress.best_step}")
 
 
 def _stopped(work: Work, progress: Progress, trouble: str | None) -> Exception:
@@ -142,8 +152,9 @@ def _stopped(work: Work, progress: Progress, trouble: str | None) -> Exception:
 def _save(save: Callable[[Progress], str | None], progress: Progress) -> str | None:
     """A checkpoint, and its cost: what the loop waits for it."""
     started = time.perf_counter()
-    trouble = save(progress)
-    progress.saves += trouble is None
+    progress.saves += 1  # it counts itself
+    if (trouble := save(progress)) is not None:
+        progress.saves -= 1
     progress.save_seconds += time.perf_counter() - started
     return trouble
 
@@ -192,7 +203,8 @@ def _leaving(work: Work, compute: Callable[[], T]) -> T:
 def _skip(work: Work, progress: Progress, what: str, rows: Sequence[int]) -> None:
     """The step counts, and changes nothing. Raises RunFailed where too many were such."""
     progress.skipped.append(progress.step + 1)
-    count, named = len(progress.skipped), f"Rows of the batch: {list(rows)}"
+    more = f", … ({len(rows)} in all)" if len(rows) > _NAMED else ""
+    count, named = len(progress.skipped), f"Rows of the batch: [{', '.join(map(work.where, rows[:_NAMED]))}{more}]"
     if count > work.skips:
         before = f", as were steps {progress.skipped[:-1]}: skip_nonfinite={work.skips}" if count > 1 else ""
         raise RunFailed(f"{what}{before}. {named}")

@@ -156,9 +156,16 @@ def test_stops_early_when_evaluations_get_no_better(tmp_path: Path) -> None:
     work.evaluate_every, work.patience = 1, 2
     best: list[int] = []
     work.save_best = lambda progress: best.append(progress.step)
+    said: list[str] = []
+    work.say = said.append
     progress = Progress()
     list(train(work, progress))
     assert (progress.step, progress.best_step, best) == (4, 2, [1, 2])
+    work.total = 9
+    list(train(work, progress))  # more steps are no reason to go on
+    assert progress.step == 4
+    why = "eval.patience=2: so many evaluations were no better than that of step 2"
+    assert said == [f"training ended after step 4 of {total}: {why}" for total in (6, 9)]
 
 
 def test_a_batch_moves_whole() -> None:
