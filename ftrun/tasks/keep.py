@@ -33,7 +33,8 @@ class Keeper:
 
     def __init__(self, run: Run, parts: Sketch, corpus: Corpus, say: Callable[[str], None], last: int = 2) -> None:
         self.run, self.parts, self.say, self.last = run, parts, say, last
-        self._writing, self._of = Aside(), 0
+        self.records: Callable[[], dict[str, bytes]] = dict  # the metrics so far, by file
+        self._writing, self._of, self._progress = Aside(), 0, Progress()
         self.belongs = {"base": parts.base.hash(), "data": fingerprint(corpus)}
 
     def found(self, resume: str) -> Checkpoint | None:
@@ -97,7 +98,7 @@ class Keeper:
             return None
         self.finish()
         state = checkpoint.copied(state)
-        self._of = progress.step
+        self._of, self._progress = progress.step, progress
         self._writing.begin(lambda: checkpoint.save(self.run.checkpoints, state, last=self.last))
         return None
 
@@ -110,6 +111,7 @@ class Keeper:
         """Wait for the checkpoint that is being written; say what went wrong with it."""
         error = self._writing.finish()
         if error is not None:
+            self._progress.saves -= 1
             self._not_saved(f"step-{self._of}", self._of, error)
 
     def _not_saved(self, name: str, step: int, error: Exception) -> str:
@@ -125,7 +127,13 @@ class Keeper:
                     f"step {progress.step}: {key} is no longer finite; a lower lr may help. Nothing is saved"
                 )
         tensors, meta = work.parallel.joined(*optimiser_state.flatten(work.optimiser), _known(work))
-        return Checkpoint(progress, trained, tensors, meta, random_state(), self.belongs)
+        files = self._files() if work.ranks.first else {}
+        return Checkpoint(progress, trained, tensors, meta, random_state(), self.belongs, files)
+
+    def _files(self) -> dict[str, bytes]:
+        """The job, the plan and the metrics as they are now."""
+        own = [path for name in ("job.yaml", "plan.json") if (path := self.run.path / name).is_file()]
+        return {path.name: path.read_bytes() for path in own} | self.records()
 
     def hand_over(self, provenance: Mapping[str, Any], ranks: Ranks = Ranks()) -> None:  # noqa: B008 (frozen)
         """adapter/ with its provenance, or model/ where the base itself was trained: whole, or not at all.
@@ -150,7 +158,7 @@ class Keeper:
                     save_adapter(beside, config, parts.tuner.state(parts.model))
                 else:
                     self._save_model(beside, whole or {})
-                files = {path.name: _sha256(path) for path in sorted(beside.glob("*.safetensors"))}
+                files = {path.name: checkpoint.digest(path) for path in sorted(beside.glob("*.safetensors"))}
                 write_json(beside / "provenance.json", {**provenance, "data": self.belongs["data"], "files": files})
         except (OSError, SafetensorError) as error:
             saved = self.run.checkpoints.exists() and any(self.run.checkpoints.glob("step-*"))
@@ -170,11 +178,6 @@ class Keeper:
                 logging.enable_progress_bar()
         assemble.saved_config(self.parts).save_pretrained(folder)
         self.parts.base.tokenizer().save_pretrained(folder)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _known(work: Work) -> list[torch.Tensor]:
