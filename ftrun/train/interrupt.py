@@ -82,6 +82,12 @@ class Requests:
             raise Abandoned
 
 
+def hides_interruption(error: BaseException) -> bool:
+    """Whether an error came of an interruption: a library's own cleaning up may fail when it is cut short anywhere."""
+    before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return before is not None and (isinstance(before, KeyboardInterrupt) or hides_interruption(before))
+
+
 @contextmanager
 def terminable() -> Iterator[None]:
     """Within the block SIGTERM raises Terminated, as Ctrl-C raises KeyboardInterrupt."""

@@ -8,6 +8,8 @@ import time
 
 import pytest
 
+from ftrun import cli
+from ftrun.errors import UserError
 from ftrun.train import interrupt
 from ftrun.train.interrupt import Abandoned, Terminated, stop_requests, terminable
 
@@ -38,6 +40,29 @@ def test_the_first_request_waits_for_the_step_and_the_second_does_not(
             send(second)
     with terminable(), pytest.raises(Terminated):
         send(signal.SIGTERM)
+
+
+def test_a_cleanup_that_an_interruption_broke_is_no_error_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As Hydra's does, in the midst of composing."""
+
+    def dispatch(given: list[str]) -> int:
+        try:
+            try:
+                send(signal.SIGTERM)
+            finally:
+                None.cleared()  # type: ignore[attr-defined]
+        except AttributeError as error:
+            if "wrapped" in given:
+                raise UserError(str(error)) from error
+            raise
+        return 0
+
+    monkeypatch.setattr(cli, "_dispatch", dispatch)
+    for given in ([], ["wrapped"]):
+        assert cli.main(given) == 130
+        assert capsys.readouterr().err == "ftrun: interrupted\n"
 
 
 def test_a_process_and_its_group_signalled_at_once_are_one_request() -> None:
