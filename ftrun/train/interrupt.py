@@ -7,7 +7,9 @@ loses patience (torch's launcher, Slurm: 30 s).
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -95,8 +97,31 @@ def terminable() -> Iterator[None]:
     def end(number: int, frame: FrameType | None) -> None:
         raise Terminated
 
-    with _handled(end, signal.SIGTERM):
+    with _handled(end, signal.SIGTERM), _none_dropped():
         yield
+
+
+@contextmanager
+def _none_dropped() -> Iterator[None]:
+    """Within the block an interruption that comes in a destructor, where Python drops it, comes once more."""
+    before, timers = sys.unraisablehook, []
+
+    def dropped(found: Any) -> None:
+        error = found.exc_value
+        if not isinstance(error, KeyboardInterrupt):
+            before(found)
+        elif not isinstance(error, Abandoned):  # that has a timer of its own
+            number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+            timers.append(threading.Timer(0.1, os.kill, (os.getpid(), number)))
+            timers[-1].start()
+
+    sys.unraisablehook = dropped
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+        for timer in timers:
+            timer.cancel()
 
 
 @contextmanager

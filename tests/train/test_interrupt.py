@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 
 import pytest
@@ -40,6 +41,19 @@ def test_the_first_request_waits_for_the_step_and_the_second_does_not(
             send(second)
     with terminable(), pytest.raises(Terminated):
         send(signal.SIGTERM)
+
+
+def test_an_interruption_in_a_destructor_is_not_lost(capfd: pytest.CaptureFixture[str]) -> None:
+    class Last:
+        def __del__(self) -> None:
+            send(signal.SIGTERM)
+
+    before = sys.unraisablehook
+    with pytest.raises(Terminated), terminable():  # noqa: PT012
+        Last()
+        time.sleep(10)
+    assert sys.unraisablehook == before
+    assert capfd.readouterr().err == ""
 
 
 def test_a_cleanup_that_an_interruption_broke_is_no_error_of_its_own(
