@@ -9,6 +9,8 @@ import shutil
 import time
 from pathlib import Path
 
+from ftrun.runs import aside
+
 # .NAME.PID, .NAME.PID.tmp, .NAME.PID-RANDOM; before the process was named: .NAME-RANDOM
 _LEFT = re.compile(r"\..+?(?:\.(\d+)(?:\.tmp|-\w{8})?|-\w{8})")
 # a cache may be shared with other machines, whose processes cannot be asked
@@ -23,16 +25,10 @@ def beside(path: Path) -> Path:
 def replace_text(path: Path, text: str, private: bool = False) -> None:
     """`text` as the file `path`, whole or not at all. private: its user alone can read it. Raises OSError."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    part = beside(path)
-    try:
+    with aside(path) as part:
         handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if private else 0o666)
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def sweep(cache: Path) -> None:

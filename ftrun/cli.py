@@ -13,7 +13,7 @@ try:
 
     from ftrun.errors import Interrupted, RunFailed, UserError, nearest, unknown
     from ftrun.secrets import hide
-    from ftrun.train.interrupt import terminable
+    from ftrun.train.interrupt import hides_interruption, terminable
 except KeyboardInterrupt:  # before `main` could answer it
     print("ftrun: interrupted", file=sys.stderr)
     sys.exit(130)
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with terminable():
             return _dispatch(given)
-    except (UserError, RunFailed, Interrupted) as error:
+    except (RunFailed, Interrupted) as error:
         if debug:
             raise
         print(f"ftrun: {hide(str(error))}", file=sys.stderr)
@@ -47,6 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # the reader of a pipe left: not our failure, and nothing more can be said to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:
+        told: Exception = Interrupted("interrupted") if hides_interruption(error) else error
+        if debug or not isinstance(told, UserError | Interrupted):
+            raise
+        print(f"ftrun: {hide(str(told))}", file=sys.stderr)
+        return told.exit_code
 
 
 def _dispatch(given: list[str]) -> int:

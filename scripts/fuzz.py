@@ -264,7 +264,7 @@ class Fuzz:
         return name
 
     def checkpoint(self, dice: random.Random) -> str:
-        from ftrun.train.checkpoint import latest
+        from ftrun.train.checkpoint import commit, latest
 
         checkpoints = self.folder / "checkpoints"
         shutil.rmtree(checkpoints, ignore_errors=True)
@@ -273,8 +273,10 @@ class Fuzz:
             path = checkpoints / "step-1/state.json"
             with contextlib.suppress(ValueError, AttributeError, OSError, TypeError):
                 state = json.loads(path.read_text())
-                state.pop("files", None)
+                for key in dice.choice([("files", "format"), ("files",)]):  # of before there were markers, or of today
+                    state.pop(key, None)
                 path.write_text(json.dumps(state))
+                commit(path.parent) if "format" in state else (path.parent / "commit").unlink()
         if dice.random() < 0.8:
             latest(checkpoints, lambda text: None)
             return name

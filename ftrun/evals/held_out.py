@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -75,7 +75,7 @@ def _check_pattern(exact: str | None, pattern: str | None) -> None:
 def evaluate(
     model: nn.Module,
     loss: Callable[[Batch], torch.Tensor],
-    batches: Sequence[Batch],
+    batches: Iterable[Batch],
     step: int,
     sums: Callable[[Sequence[float]], list[float]] = list,
 ) -> EvalRecord:

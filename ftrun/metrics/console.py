@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import textwrap
@@ -18,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ftrun.metrics import wording
+from ftrun.metrics.lines import Lines
 from ftrun.secrets import hide
 from ftrun.values import EvalRecord, StepRecord
 
@@ -43,7 +43,7 @@ class Console:
         utf8 = (getattr(self._file, "encoding", None) or "utf-8").lower().replace("-", "") == "utf8"
         self._live_line = self._terminal.is_terminal and not self._terminal.is_dumb_terminal and utf8
         self._live: Live | None = None
-        self._log: TextIO | None = None
+        self._log: Lines | None = None
         self._ended = False  # whether there was a log.txt, and is no more
         self._early: list[str] = []  # said before there was a log.txt
         self._losses: list[float] = []
@@ -61,12 +61,12 @@ class Console:
     def start(self, job: dict[str, Any], run: Path) -> None:
         """Open log.txt (what was said before comes first in it)."""
         self._run = run
-        self._log = (run / "log.txt").open("a", encoding="utf-8", errors="backslashreplace")
-        self._log.writelines(f"{line}\n" for line in self._early)
+        self._log = Lines(run / "log.txt")
+        for line in self._early:
+            self._record(line)
         self._early.clear()
         if not self._shown:
             self.show(job)
-        self._log.flush()
 
     def draw(self, render: Callable[[Terminal], None]) -> None:
         """A table of others', once the run has ended."""
@@ -105,8 +105,7 @@ class Console:
 
     def _end_log(self) -> None:
         if self._log is not None:
-            with contextlib.suppress(OSError):  # a full disk: what it did not take is lost
-                self._log.close()
+            self._log.close()
         self._log, self._ended = None, True
 
     def _summary(self, result: dict[str, Any]) -> None:
@@ -164,12 +163,15 @@ class Console:
             if not self._ended:
                 self._early.append(line)
             return
+        before = self._log.trouble
         try:
-            self._log.write(line + "\n")
-            self._log.flush()
+            self._log.add(line)
         except OSError as error:
             self._end_log()
             self._write(f"warning: log.txt: cannot be written: {error.strerror}; it ends here")
+            return
+        if self._log.trouble is not None and before is None:
+            self._write(f"warning: log.txt: cannot be written: {self._log.trouble.strerror}; its lines wait for room")
 
     def _write(self, line: str, styled: Text | None = None) -> None:
         if self._live_line:

@@ -35,10 +35,10 @@ class Judge:
         """Ahead of the first step: the base's own text; the base's latency where it cannot be had back later."""
         options = self.session.options
         if options.evaluates and options.retention:
-            with self._sparing("retention"):
+            with self.sparing("retention"):
                 self.text = base_text(self._subject(), options.retention, options.retention_tokens)
         if options.evaluates and options.latency and not self.session.parts.tuner.switchable:
-            with self._sparing("latency"):
+            with self.sparing("latency"):
                 self.base_ms = self._changing_base_ms()
 
     def after(self) -> None:
@@ -46,11 +46,11 @@ class Judge:
         options = self.session.options
         self.figures["effective_rank"] = effective_rank(self.session.parts)
         if self.text is not None:
-            with self._sparing("retention"):
+            with self.sparing("retention"):
                 found = self._subject().scored(self.text.ids, self.session.corpus.train.prefix_ids)
                 self.figures["retention"] = retention.figures(self.text, found.loss)
         if options.evaluates and options.latency:
-            with self._sparing("latency"):
+            with self.sparing("latency"):
                 self.figures["latency"] = self._latency()
 
     def _subject(self) -> Subject:
@@ -131,7 +131,7 @@ class Judge:
             sizes = f"{needed / 1e9:.2f} GB beside the others, {free / 1e9:.2f} GB are free"
             s.console.say(f"latency: not measured merged: the merged layers take {sizes}")
             return None
-        with self._sparing("latency, merged"):
+        with self.sparing("latency, merged"):
             try:
                 tuner.merge(s.work.model)
                 return self._timed(prompt, tokens)
@@ -146,14 +146,14 @@ class Judge:
         return int(SHARE[device.type] * (device.free_bytes + kept))
 
     @contextlib.contextmanager
-    def _sparing(self, what: str) -> Iterator[None]:
+    def sparing(self, what: str, how: str = "measured") -> Iterator[None]:
         """No figure is worth the run: one that takes more memory than there is stays null."""
         try:
             yield
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            self.session.console.say(f"{what}: not measured: out of memory: {str(error).splitlines()[0][:200]}")
+            self.session.console.say(f"{what}: not {how}: out of memory: {str(error).splitlines()[0][:200]}")
 
 
 def effective_rank(parts: assemble.Sketch) -> dict[str, Any] | None:

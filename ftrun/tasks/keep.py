@@ -36,7 +36,8 @@ class Keeper:
 
     def __init__(self, run: Run, job: Job, parts: Sketch, corpus: Corpus, say: Callable[[str], None]) -> None:
         self.run, self.job, self.parts, self.say = run, job, parts, say
-        self._writing, self._of = Aside(), 0
+        self.records: Callable[[], dict[str, bytes]] = dict  # the metrics so far, by file
+        self._writing, self._of, self._progress = Aside(), 0, Progress()
         self.belongs = {"base": parts.base.hash(), "data": fingerprint(corpus)}
 
     def found(self, resume: str, ranks: Ranks = Ranks()) -> Checkpoint | None:  # noqa: B008 (frozen)
@@ -147,7 +148,7 @@ class Keeper:
             return None
         self.finish()
         state = checkpoint.copied(state)
-        self._of = progress.step
+        self._of, self._progress = progress.step, progress
         self._writing.begin(lambda: checkpoint.save(self.run.checkpoints, state, last=self.job.save_last))
         return None
 
@@ -160,6 +161,7 @@ class Keeper:
         """Wait for the checkpoint that is being written; say what went wrong with it."""
         error = self._writing.finish()
         if error is not None:
+            self._progress.saves -= 1
             self._not_saved(f"step-{self._of}", self._of, error)
 
     def _not_saved(self, name: str, step: int, error: Exception) -> str:
@@ -175,7 +177,13 @@ class Keeper:
                     f"step {progress.step}: {key} is no longer finite; a lower lr may help. Nothing is saved"
                 )
         tensors, meta = work.parallel.joined(*optimiser_state.flatten(work.optimiser), _known(work))
-        return Checkpoint(progress, trained, tensors, meta, state_of_each(work.ranks), self.belongs)
+        files = self._files() if work.ranks.first else {}
+        return Checkpoint(progress, trained, tensors, meta, state_of_each(work.ranks), self.belongs, files)
+
+    def _files(self) -> dict[str, bytes]:
+        """The job, the plan and the metrics as they are now."""
+        own = [path for name in ("job.yaml", "plan.json") if (path := self.run.path / name).is_file()]
+        return {path.name: path.read_bytes() for path in own} | self.records()
 
     def hand_over(self, provenance: Mapping[str, Any], ranks: Ranks = Ranks()) -> None:  # noqa: B008 (frozen)
         """adapter/ with its provenance, or model/ where the base itself was trained: whole, or not at all.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ftrun import assemble, stepping
 from ftrun.evals.held_out import evaluate
 from ftrun.memory import host
 from ftrun.memory.device import SHARE
+from ftrun.train.interrupt import Abandoned
 from ftrun.train.recover import Room, halving
 from ftrun.values import Batch, EvalRecord
 
@@ -74,5 +75,13 @@ class Evaluations:
         s = self.session
         if rows not in self._batches:
             self._batches[rows] = stepping.evaluation_batches(s.job, s.corpus, s.options.rows, rows, s.pad_id, s.ranks)
-        summed = {} if s.ranks.alone else {"sums": s.ranks.sums}
-        return evaluate(s.work.model, s._loss, self._batches[rows], step, **summed)
+        if s.ranks.alone:
+            return evaluate(s.work.model, s._loss, self._batches[rows], step)
+        return evaluate(s.work.model, s._loss, self._asking(self._batches[rows]), step, sums=s.ranks.sums)
+
+    def _asking(self, batches: Sequence[Batch]) -> Iterator[Batch]:
+        """The batches, as long as no rank has to leave the evaluation; all of them then raise Abandoned."""
+        for batch in batches:
+            if self.session.ranks.any(self.session.work.overdue()):
+                raise Abandoned
+            yield batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import math
 import shutil
@@ -15,7 +16,7 @@ import torch
 
 from ftrun import assemble, stepping
 from ftrun.early import check_devices
-from ftrun.errors import DoesNotFit, RunFailed, UserError
+from ftrun.errors import DoesNotFit, RunFailed, UserError, is_out_of_memory
 from ftrun.evals.answer import answer, asked, prompt_ids
 from ftrun.job import Job
 from ftrun.kernels import compiled
@@ -32,9 +33,11 @@ from ftrun.planning.settle import Settled
 from ftrun.runs import Run, read_json, write_json
 from ftrun.tasks.judging import Judge
 from ftrun.tasks.keep import Keeper
+from ftrun.tasks.outcome import summary
 from ftrun.tasks.peak import Peak
 from ftrun.tasks.room import Evaluations, copies, room_of
 from ftrun.tasks.shared import Shared, Watch
+from ftrun.train.checkpoint import Checkpoint
 from ftrun.train.generators import seed_rank
 from ftrun.train.interrupt import stop_requests
 from ftrun.train.kept import InMemory, KeptLoss, KeptRows, OnDisk
@@ -118,7 +121,7 @@ class Session:
         torch_device = assemble.torch_device(self.device)
         self.keeper = Keeper(run, self.job, self.parts, self.corpus, self.console.say)
         found = self.keeper.found(self.job.resume, self.ranks)
-        self._start(run, found.progress.step if found else None)
+        self._start(run, found)
         torch.manual_seed(self.job.seed)
         place = assemble.filled_on(torch_device, self.settled.strategy)
         assemble.furnish(
@@ -145,16 +148,20 @@ class Session:
         self._evaluate_ends("before", run)
         with stop_requests(self.console.say) as asked:
             self.work.stop = lambda: asked() or self.watch.halts(self.progress.step)
+            self.work.overdue = asked.overdue
+            if self.ranks.alone:  # of several ranks none may leave a step alone: they ask one another
+                self.work.abandonable = asked.abandonable
             for record in train(self.work, self.progress):
                 self.began = True
                 self._record(record)
-        self._evaluate_ends("after", run)
-        self.keeper.hand_over(self.provenance(), self.ranks)
+        self._end(run)
         if self.kept is not None:
             self.kept.store.close()
         if self.ranks.first:
             shutil.rmtree(run.path / FOLDER, ignore_errors=True)
         self.judge.after()
+        if self.ranks.first:
+            self.lines.settle()
         return {**self.summary(), "status": "finished"}
 
     def close(self, run: Run, outcome: dict[str, Any] | None) -> None:
@@ -170,12 +177,17 @@ class Session:
 
     # --- the parts ---
 
-    def _start(self, run: Run, after: int | None) -> None:
+    def _start(self, run: Run, found: Checkpoint | None) -> None:
         self.console.total = self.total
         if not self.ranks.first:
             return
         write_json(run.path / "plan.json", self.settled.plan.as_dict())
-        self.sinks.append(jsonl.JsonLines(after, after is not None and after >= self.total, self.console.say))
+        self.lines = jsonl.JsonLines(say=self.console.say)
+        if found is not None:
+            after, left = found.progress.step, found.progress.unevaluated
+            self.lines = jsonl.JsonLines(after, left or after >= self.total, self.console.say, found.files)
+        self.keeper.records = self.lines.content
+        self.sinks.append(self.lines)
         if self.tracker is not None:
             self.sinks.append(self.tracker)
         for sink in self.sinks:
@@ -213,6 +225,7 @@ class Session:
             return stepping.prefetched(make, start, self.total)
 
         work.batches, work.watch, work.skips, work.say = batches, self.peak.watch, job.skip_nonfinite, self.console.say
+        work.where = self.corpus.train.where
         work.save_steps, work.save_seconds = job.save_interval()
         work.save = lambda progress: self.keeper.save(work, progress)
         if not self.ranks.any(not copies(self)):  # a host's memory is its own, and all ranks save in one way
@@ -272,14 +285,27 @@ class Session:
         if better and self.keeper.load_best(self.ranks):
             self.console.say(f"the best weights are those of step {self.progress.best_step}: they are handed over")
             record = self.work.evaluate(self.progress.step)
-        said = self._answer()
+        said: dict[str, Any] = {}
+        with self.judge.sparing("eval.prompt", "answered"):
+            said = self._answer()
         self._note_evaluation(when, EvalRecord(**{**asdict(record), "extra": said}))
-        if when == "before" and (kept := self._base_figures()):
+        whole = bool(said) or not self.options.max_new_tokens
+        if when == "before" and whole and (kept := self._base_figures()):
             try:
                 write_json(kept, asdict(record) | {"extra": said})
             except OSError as error:
                 why = error.strerror or error
                 self.console.say(f"warning: the base's figures are not kept in {kept.parent}: {why}")
+
+    def _end(self, run: Run) -> None:
+        """The evaluation after training, and what was learnt handed over, which no want of memory there may cost."""
+        try:
+            self._evaluate_ends("after", run)
+        except (RuntimeError, MemoryError) as error:
+            if self.ranks.alone and is_out_of_memory(error):
+                self.keeper.hand_over(self.provenance())
+            raise
+        self.keeper.hand_over(self.provenance(), self.ranks)
 
     def _note_evaluation(self, when: str, record: EvalRecord) -> None:
         self.evals[when] = {**asdict(record), **record.extra}
@@ -291,11 +317,11 @@ class Session:
         path, found = self._base_figures(), None
         with self.ranks.together():
             if path and self.ranks.first:  # another job may write it between two ranks' looks
-                found = read_json(path)
-        found = self.ranks.told(found)
-        if found is None:
+                found = _kept_figures(path)
+        told = self.ranks.told(found and asdict(found))
+        if told is None:
             return False
-        self._note_evaluation("before", EvalRecord(**found))
+        self._note_evaluation("before", EvalRecord(**told))
         self.console.say("        (the base's figures on these rows, from the cache)")
         return True
 
@@ -306,7 +332,8 @@ class Session:
             return None
         rows = [[*map(int, held_out.ids(i)), -1, *map(int, held_out.learn(i))] for i in range(len(held_out))]
         facts = [self.parts.base.hash(), self.parts.quantiser.scheme(), self.job.model.options.dtype, self.job.kernels]
-        facts += [self.job.model.options.new_tokens, asdict(self.options), self.device.type, torch.__version__, rows]
+        facts += [self.job.model.options.new_tokens, asdict(self.options), self.device.type, rows]
+        facts += [torch.__version__, importlib.metadata.version("ftrun")]
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
         return self.cache / "evals" / f"{digest[:32]}.json"
 
@@ -342,36 +369,17 @@ class Session:
 
     def summary(self) -> dict[str, Any]:
         """result.json but for its status."""
-        progress, plan = self.progress, self.settled.plan
-        adapter = self.job_file_size
-        return {
-            "status": "",
-            "steps": progress.step,
-            "tokens": progress.tokens,
-            "seconds": progress.seconds,
-            "tokens_per_s": progress.tokens / progress.seconds if progress.seconds else None,
-            "loss_first": progress.loss_first,
-            "loss_last": progress.loss_last,
-            "recoveries": progress.recoveries,
-            "skipped": progress.skipped,
-            "checkpoints": {"saved": progress.saves, "waited_seconds": progress.save_seconds},
-            "eval": {when: _figures(found) for when, found in self.evals.items()},
-            "samples": _samples(self.evals),
-            **self.judge.figures,
-            "memory": {**self.peak.figures, "process_peak_bytes": progress.peak_bytes},
-            "total_params": plan.total_params,
-            "trainable_params": plan.trainable_params,
-            "adapter_bytes": adapter,
-            "base": {**self.parts.base.describe(), "quantisation": self.parts.quantiser.scheme()},
-        }
+        return summary(self)
 
-    @property
-    def job_file_size(self) -> int:
-        """Bytes of the trained tensors as they are saved."""
-        if not hasattr(self, "work"):
-            return 0
-        named = self.parts.tuner.named(self.parts.model).values()
-        return sum(t.parameter.numel() * t.parameter.element_size() for t in named)
+
+def _kept_figures(path: Path) -> EvalRecord | None:
+    """An evaluation that is kept; None where the file is damaged or of another version: it is made again."""
+    try:
+        found = EvalRecord(**(read_json(path) or {}))
+    except (UserError, TypeError):
+        return None
+    numbers = (found.step, found.loss, found.perplexity, found.tokens, found.seconds)
+    return found if all(isinstance(n, int | float) for n in numbers) and isinstance(found.extra, dict) else None
 
 
 def _sound(record: EvalRecord) -> EvalRecord:
@@ -380,13 +388,3 @@ def _sound(record: EvalRecord) -> EvalRecord:
         return record
     cause = "a lower lr may help" if record.step else "the base's own weights give no number: are they damaged?"
     raise RunFailed(f"held-out at step {record.step}: loss {record.loss}: not finite; {cause}")
-
-
-def _figures(found: dict[str, Any]) -> dict[str, Any]:
-    return {k: found[k] for k in ("loss", "perplexity", "tokens") if k in found}
-
-
-def _samples(evals: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    answers = {when: found["answer"] for when, found in evals.items() if found.get("answer") is not None}
-    prompt = next((found["prompt"] for found in evals.values() if "prompt" in found), None)
-    return [{"prompt": prompt, **answers}] if answers else []

@@ -1,6 +1,7 @@
 """Checkpoints: trained weights, optimiser state, random states and progress; safetensors and JSON only.
 
-checkpoints/step-N/ is written aside, flushed and renamed: it is there complete, or not at all.
+checkpoints/step-N/ is written aside, flushed and renamed: it is there complete, or not at all. state.json has the hash
+of every other file, and `commit` that of state.json: no byte of it is unchecked.
 """
 
 from __future__ import annotations
@@ -25,12 +26,15 @@ from ftrun.runs import aside, saved_steps
 from ftrun.train.loop import Progress
 
 _PARTS = ("trained", "optimiser", "random")
+_STATE, _COMMIT = "state.json", "commit"
+_FORMAT = 2  # checkpoints without one were written before there was a commit marker
 _LISTS = ("recoveries", "skipped")  # of a progress; the rest are numbers
 
 
 @dataclasses.dataclass
 class Checkpoint:
-    """What a run needs to go on as if nothing had happened. belongs: the base and the rows that it was made from."""
+    """What a run needs to go on as if nothing had happened. belongs: the base and the rows that it was made from;
+    files: the run's own records at that step, by name."""
 
     progress: Progress
     trained: dict[str, torch.Tensor]
@@ -38,6 +42,7 @@ class Checkpoint:
     optimiser_meta: dict[str, Any]
     random: dict[str, torch.Tensor]
     belongs: dict[str, str] = dataclasses.field(default_factory=dict)
+    files: dict[str, bytes] = dataclasses.field(default_factory=dict)
 
 
 def copied(checkpoint: Checkpoint) -> Checkpoint:
@@ -57,13 +62,17 @@ def save(folder: Path, checkpoint: Checkpoint, name: str | None = None, last: in
         beside.mkdir(parents=True)
         for part in _PARTS:
             save_file(_packed(getattr(checkpoint, part)), beside / f"{part}.safetensors")
+        for file, content in checkpoint.files.items():
+            (beside / file).write_bytes(content)
         state = {
+            "format": _FORMAT,
             "progress": dataclasses.asdict(checkpoint.progress),
             "belongs": checkpoint.belongs,
-            "files": {path.name: _digest(path) for path in sorted(beside.iterdir())},
+            "files": {path.name: digest(path) for path in sorted(beside.iterdir())},
             "optimiser": checkpoint.optimiser_meta,
         }
-        (beside / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
+        (beside / _STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
+        commit(beside)
     # those of later steps were passed over as damaged: they do not count as the newest
     for old in [step for step in saved_steps(folder) if step <= here][:-last]:
         shutil.rmtree(folder / f"step-{old}", ignore_errors=True)
@@ -92,16 +101,19 @@ def latest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
 
 def mark(folder: Path, step: int) -> str:
     """SHA-256 that stands for all of a step's checkpoint: of its state.json, which holds the files'. Raises OSError."""
-    return _digest(folder / f"step-{step}" / "state.json")
+    return digest(folder / f"step-{step}" / _STATE)
+
+
+def commit(folder: Path) -> None:
+    """The marker of a checkpoint that is written to its end: the hash of its state.json."""
+    (folder / _COMMIT).write_text(digest(folder / _STATE), encoding="utf-8")
 
 
 def load(path: Path) -> Checkpoint:
     """The checkpoint in a folder. Raises UserError that names the file where one is damaged."""
     try:
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        for name, digest in state.get("files", {}).items():
-            if _digest(path / name) != digest:
-                raise ValueError(f"{name} is not what was saved")
+        state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        files = _checked(path, state)
         parts = {part: load_file(path / f"{part}.safetensors") for part in _PARTS}
         progress = _progress(state["progress"], path.name)
         check_optimiser(parts["optimiser"], state["optimiser"])
@@ -111,11 +123,26 @@ def load(path: Path) -> Checkpoint:
         belongs = dict(state.get("belongs") or {})
         if not all(isinstance(digest, str) for digest in belongs.values()):
             raise ValueError("state.json names nothing that it belongs to")
-        return Checkpoint(progress, optimiser_meta=state["optimiser"], belongs=belongs, **parts)
+        return Checkpoint(progress, optimiser_meta=state["optimiser"], belongs=belongs, files=files, **parts)
     except KeyError as error:
         raise UserError(f"{path}: the checkpoint is damaged: it lacks {error}") from error
     except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(f"{path}: the checkpoint is damaged: {error}") from error
+
+
+def _checked(path: Path, state: Mapping[str, Any]) -> dict[str, bytes]:
+    """The run's records in a checkpoint, all of whose files are what was saved."""
+    old = "format" not in state and not (path / _COMMIT).exists()
+    if not old and (path / _COMMIT).read_bytes() != digest(path / _STATE).encode():
+        raise ValueError(f"{_STATE} is not what was saved")
+    hashes = state.get("files", {}) if old else state["files"]
+    for name, expected in hashes.items():
+        if digest(path / name) != expected:
+            raise ValueError(f"{name} is not what was saved")
+    tensors = {f"{part}.safetensors" for part in _PARTS}
+    if not old and not tensors <= hashes.keys():
+        raise ValueError(f"{_STATE} has no hash of its tensors")
+    return {name: (path / name).read_bytes() for name in hashes if name not in tensors}
 
 
 def _progress(values: Mapping[str, Any], name: str) -> Progress:
@@ -134,7 +161,8 @@ def _progress(values: Mapping[str, Any], name: str) -> Progress:
     return progress
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -7,16 +7,22 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from ftrun.errors import Interrupted, RunFailed
+from ftrun.train.generators import random_state, restore_random
+from ftrun.train.interrupt import Abandoned
 from ftrun.train.parallel import Alone, clip_by
 from ftrun.train.ranks import Ranks
 from ftrun.train.recover import Room, Steps, drop_gradients, undoing
 from ftrun.values import Batch, EvalRecord, StepRecord
+
+T = TypeVar("T")
+_NAMED = 32  # rows in a message
+_LONG = 5.0  # seconds: ranks ask one another within a step, a collective each time, only after one that took longer
 
 
 @dataclass
@@ -37,6 +43,7 @@ class Progress:
     skipped: list[int] = field(default_factory=list)  # steps whose loss or gradients were not finite
     saves: int = 0  # checkpoints
     save_seconds: float = 0.0  # that the loop has waited for them
+    unevaluated: bool = False  # the evaluation after this step was left for a request to stop
 
 
 @dataclass
@@ -72,23 +79,40 @@ class Work:
     save_seconds: float | None = None
     watch: Callable[[int], Any] = field(default=lambda step: contextlib.nullcontext())  # around a step's computing
     stop: Callable[[], bool] = field(default=lambda: False)  # whether someone asked to stop
+    overdue: Callable[[], bool] = field(default=lambda: False)  # and can wait no longer: the step at hand is left
+    abandonable: Callable[[], Any] = contextlib.nullcontext  # raises Abandoned there by itself
+    asks: bool = True  # whether ranks ask one another within a step
     ranks: Ranks = Ranks()  # noqa: RUF009 (frozen); the processes that share the step
     parallel: Alone = field(default_factory=Alone)  # how they share the model
     room: Room | None = None  # ways to need less memory; None: a step that runs out of it ends the run
     skips: int = 0  # steps that may be skipped, because their loss or gradients are not finite
     say: Callable[[str], None] = field(default=lambda text: None)
+    where: Callable[[int], str] = str  # a row in words
 
 
 def train(work: Work, progress: Progress) -> Iterator[StepRecord | EvalRecord]:
     """Train from `progress` to the end; yields each step's record and each evaluation's.
 
     Saves a checkpoint when one is due and after the last step. Raises Interrupted, with a checkpoint saved, where
-    `work.stop()` turns true; RunFailed where more than `work.skips` steps had a loss or gradients that are not finite,
-    where memory is too short for one row, and where that checkpoint failed.
+    `work.stop()` turns true, a step or an evaluation that keeps it waiting undone; Abandoned where that was the first
+    step; RunFailed where more than `work.skips` steps had a loss or gradients that are not finite, where memory is too
+    short for one row, and where that checkpoint failed.
     """
+    try:
+        yield from _steps(work, progress)
+    except Abandoned:
+        if not progress.step or not work.save:
+            raise
+        raise _stopped(work, progress, _save(work.save, progress)) from None
+
+
+def _steps(work: Work, progress: Progress) -> Iterator[StepRecord | EvalRecord]:
     saved_at = time.monotonic()
     work.model.train()
+    if progress.unevaluated and work.evaluate:
+        yield _evaluate(work, progress)
     if _is_stale(work, progress):  # it goes on from the checkpoint of an early end
+        _tell_stale(work, progress)
         return
     steps = Steps(work, progress)
     for micro_batches in steps:
@@ -108,7 +132,14 @@ def train(work: Work, progress: Progress) -> Iterator[StepRecord | EvalRecord]:
         if stop or (ended and work.ranks.any(work.stop())):
             raise _stopped(work, progress, trouble)
         if ended:
+            if progress.step < work.total:
+                _tell_stale(work, progress)
             return
+
+
+def _tell_stale(work: Work, progress: Progress) -> None:
+    evaluations = f"eval.patience={work.patience}: so many evaluations were no better than that of step"
+    work.say(f"training ended after step {progress.step} of {work.total}: {evaluations} {progress.best_step}")
 
 
 def _stopped(work: Work, progress: Progress, trouble: str | None) -> Exception:
@@ -121,8 +152,9 @@ def _stopped(work: Work, progress: Progress, trouble: str | None) -> Exception:
 def _save(save: Callable[[Progress], str | None], progress: Progress) -> str | None:
     """A checkpoint, and its cost: what the loop waits for it."""
     started = time.perf_counter()
-    trouble = save(progress)
-    progress.saves += trouble is None
+    progress.saves += 1  # it counts itself
+    if (trouble := save(progress)) is not None:
+        progress.saves -= 1
     progress.save_seconds += time.perf_counter() - started
     return trouble
 
@@ -138,7 +170,9 @@ def _step(work: Work, micro_batches: Sequence[Batch], progress: Progress) -> Ste
         [sum(b.supervised for b in micro_batches), sum(b.tokens for b in micro_batches)]
     )
     with work.watch(step):
-        total, norm = undoing(work, micro_batches, lambda batches: gradients(work, batches, supervised))
+        total, norm = _leaving(
+            work, lambda: undoing(work, micro_batches, lambda batches: gradients(work, batches, supervised))
+        )
         loss, size = work.ranks.sums([float(total)])[0] / supervised, float(norm)
         finite = math.isfinite(loss) and math.isfinite(size)
         update(work) if finite else drop_gradients(work)
@@ -146,16 +180,31 @@ def _step(work: Work, micro_batches: Sequence[Batch], progress: Progress) -> Ste
         rows = sorted(r for b in micro_batches for r in b.rows)
         _skip(work, progress, f"step {step + 1}: loss {loss}, gradient norm {size}: not finite", rows)
     seconds = time.perf_counter() - started
-    held, peak = map(int, work.ranks.most(work.memory()))
+    *memory, slowest = work.ranks.most((*work.memory(), seconds))
+    work.asks, (held, peak) = slowest > _LONG, map(int, memory)
     lr = work.rates[0] * rate
     sizes = (int(tokens), int(supervised), tokens / seconds, held, peak, seconds)
     return StepRecord(step + 1, loss, lr, size, *sizes, skipped=not finite)
 
 
+def _leaving(work: Work, compute: Callable[[], T]) -> T:
+    """What `compute` makes; raises Abandoned, no gradient left and the generators as they were, where it takes too
+    long for a request to stop."""
+    before = random_state()
+    try:
+        with work.abandonable():
+            return compute()
+    except Abandoned:
+        drop_gradients(work)
+        restore_random(before)
+        raise
+
+
 def _skip(work: Work, progress: Progress, what: str, rows: Sequence[int]) -> None:
     """The step counts, and changes nothing. Raises RunFailed where too many were such."""
     progress.skipped.append(progress.step + 1)
-    count, named = len(progress.skipped), f"Rows of the batch: {list(rows)}"
+    more = f", … ({len(rows)} in all)" if len(rows) > _NAMED else ""
+    count, named = len(progress.skipped), f"Rows of the batch: [{', '.join(map(work.where, rows[:_NAMED]))}{more}]"
     if count > work.skips:
         before = f", as were steps {progress.skipped[:-1]}: skip_nonfinite={work.skips}" if count > 1 else ""
         raise RunFailed(f"{what}{before}. {named}")
@@ -178,6 +227,8 @@ def accumulate(work: Work, micro_batches: Sequence[Batch], supervised: float | N
     whole = sum(b.supervised for b in micro_batches) if supervised is None else supervised
     total = torch.zeros((), dtype=torch.float32, device=work.device)
     for number, batch in enumerate(micro_batches, 1):
+        if number > 1 and work.asks and work.ranks.any(work.overdue()):
+            raise Abandoned
         with work.parallel.passing(last=number == len(micro_batches)):
             with work.autocast():
                 loss = work.parallel.loss(work.loss, batch.to(work.device))
@@ -224,7 +275,10 @@ def _count(progress: Progress, record: StepRecord) -> None:
 
 def _evaluate(work: Work, progress: Progress) -> EvalRecord:
     assert work.evaluate is not None
-    record = work.evaluate(progress.step)
+    progress.unevaluated = True
+    with work.abandonable():
+        record = work.evaluate(progress.step)
+    progress.unevaluated = False
     before = progress.best_loss, progress.best_step
     best = progress.best_loss is None or record.loss < progress.best_loss
     progress.stale = 0 if best else progress.stale + 1

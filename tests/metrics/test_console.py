@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import re
 import subprocess
@@ -131,19 +132,43 @@ def test_the_job_is_shown_once_and_without_nulls() -> None:
     ]
 
 
+def test_a_log_that_finds_no_room_waits_for_it_and_the_terminal_goes_on(tmp_path: Path) -> None:
+    out = io.StringIO()
+    console = Console(total=2, file=out)
+    console.start(JOB, tmp_path)
+    assert console._log is not None
+    disk, console._log._file = console._log._file, Path("/dev/full").open("wb", buffering=0)  # noqa: SIM115
+    console.say("one")
+    console.say("two")
+    console._log._file = disk
+    console.close(None)
+    assert out.getvalue().splitlines()[-3:] == [
+        "warning: log.txt: cannot be written: No space left on device; its lines wait for room",
+        "one",
+        "two",
+    ]
+    assert (tmp_path / "log.txt").read_text().splitlines()[-2:] == ["one", "two"]
+
+
 def test_a_log_that_cannot_be_written_ends_and_the_terminal_goes_on(tmp_path: Path) -> None:
     out = io.StringIO()
     console = Console(total=2, file=out)
     console.start(JOB, tmp_path)
-    console._log = Path("/dev/full").open("w")  # noqa: SIM115
+    assert console._log is not None
+    console._log._file = Broken()  # type: ignore[assignment]
     console.say("one")
     console.say("two")
     console.close(None)
     assert out.getvalue().splitlines()[-3:] == [
-        "warning: log.txt: cannot be written: No space left on device; it ends here",
+        "warning: log.txt: cannot be written: Input/output error; it ends here",
         "one",
         "two",
     ]
+
+
+class Broken(io.BytesIO):
+    def write(self, data: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
 
 
 @pytest.mark.parametrize(

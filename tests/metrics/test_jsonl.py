@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from ftrun.metrics.jsonl import JsonLines, read
 from tests.metrics.records import evaluation, step
@@ -77,3 +81,58 @@ def test_what_json_has_no_number_for_is_null(tmp_path: Path) -> None:
     row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda name: 1 / 0)
     assert row["loss"] is None
     assert row["grad_norm"] is None
+
+
+def test_lines_that_were_lost_are_taken_from_the_checkpoint(tmp_path: Path) -> None:
+    sink = write(tmp_path, None, range(1, 4), close=False)
+    for number in (0, 2):
+        sink.evaluation(evaluation(number))
+    kept = sink.content()
+    sink.evaluation(evaluation(3, extra={"answer": "x"}))  # later than the checkpoint
+    sink.close(None)
+    for name, content in kept.items():
+        assert (tmp_path / name).read_bytes().startswith(content)
+    lines = (tmp_path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_bytes(lines[0].replace(b"1.0", b"9.0") + lines[1][:20])
+    said: list[str] = []
+    sink = JsonLines(3, say=said.append, kept=kept)
+    sink.start({}, tmp_path)
+    sink.close(None)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == kept["metrics.jsonl"]
+    assert [row["step"] for row in read(tmp_path / "evals.jsonl")] == [0, 2, 3]
+    assert said == [f"warning: {tmp_path}/metrics.jsonl: 2 lines were lost; they are taken from the checkpoint"]
+
+
+class Small:
+    """A file on a disk with so much room."""
+
+    def __init__(self, file: Any, room: int) -> None:
+        self.file, self.room = file, room
+
+    def write(self, data: bytes) -> int:
+        if not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken = self.file.write(data[: self.room])
+        self.room -= taken
+        return taken
+
+
+def test_on_a_full_disk_lines_wait_for_room(tmp_path: Path) -> None:
+    said: list[str] = []
+    sink = JsonLines(say=said.append)
+    sink.start({}, tmp_path)
+    lines = sink._files["metrics.jsonl"]
+    disk = lines._file = Small(lines._file, room=400)  # type: ignore[assignment]
+    for number in (1, 2, 3):
+        sink.step(step(number))
+    assert len(said) == 1
+    assert "metrics.jsonl: CANNOT BE WRITTEN: No space left on device" in said[0]
+    assert sink.content()["metrics.jsonl"].count(b"\n") == 3  # a checkpoint's copy lacks none
+    assert (tmp_path / "metrics.jsonl").stat().st_size == 400
+    with pytest.raises(OSError, match="No space left") as short:
+        sink.settle()
+    assert short.value.filename == f"{tmp_path}/metrics.jsonl"
+    disk.room = 10_000
+    sink.step(step(4))
+    assert [row["step"] for row in read(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert said[1:] == [f"{tmp_path}/metrics.jsonl: there is room again; no line is lost"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import pytest
 
 from ftrun.errors import RunFailed
 from ftrun.tasks import train as task
-from ftrun.train import checkpoint
+from ftrun.train import checkpoint, loop
 from tests.forked import Forks
 from tests.jobs import overrides, tiny_base, tiny_job, write_rows
 
@@ -38,7 +39,8 @@ def weights(run: Path) -> bytes:
 
 
 def steps_in(run: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    whole = (run / "metrics.jsonl").read_text().rpartition("\n")[0]  # without a line that waits for its end
+    return [json.loads(line)["step"] for line in whole.splitlines()]
 
 
 def read(path: Path) -> Any:
@@ -89,3 +91,28 @@ def test_files_that_may_not_grow(tmp_path: Path) -> None:
         assert "The run goes on without it" in ended.said
     assert weights(run) == weights(tmp_path / "whole")
     assert steps_in(run) == [1, 2, 3, 4]
+
+
+def test_lines_wait_for_room(tmp_path: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own, ballast, run = loop._count, small_disk / "ballast", small_disk / "run"
+
+    def fill() -> None:
+        with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+
+    def count(progress: loop.Progress, record: Any) -> None:
+        own(progress, record)
+        if record.step == 1:
+            fill()
+        elif record.step == 5:
+            assert steps_in(run) == []
+            ballast.unlink()
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loop, "_count", count)
+        task.run(tiny_job(tmp_path, "method=lora", "rank=2", "steps=6", "eval=none", f"out={run}"))
+    assert steps_in(run) == [1, 2, 3, 4, 5, 6]
+    said = capsys.readouterr().out
+    assert said.count("metrics.jsonl: CANNOT BE WRITTEN: No space left on device") == 1
+    assert "CANNOT BE WRITTEN" in (run / "log.txt").read_text()

@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,9 @@ from ftrun.errors import Interrupted, RunFailed, UserError
 from ftrun.lock import Lock
 from ftrun.tasks import keep, room, session
 from ftrun.tasks import train as task
-from ftrun.train import checkpoint, loop
+from ftrun.train import checkpoint, interrupt, loop
 from ftrun.train.interrupt import terminable
+from ftrun.values import EvalRecord
 from tests.jobs import tiny_job, write_rows
 
 LORA = ("method=lora", "rank=4", "lr=1e-2")
@@ -84,6 +87,68 @@ def test_a_stop_in_the_last_evaluation_loses_nothing(
     assert steps_in(run / "metrics.jsonl") == [1, 2, 3]
     assert steps_in(run / "evals.jsonl") == [0, 3]
     assert read(run / "result.json")["eval"] == read(tmp_path / "whole/result.json")["eval"] | {}
+
+
+def hang() -> None:
+    kill(signal.SIGTERM)()
+    time.sleep(60)
+
+
+def in_a_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], object]) -> None:
+    """Between two micro-batches of a step, or in the first."""
+    own, passes = loop.accumulate, 0
+
+    def accumulate(work: Any, batches: Any, supervised: Any = None) -> Any:
+        inner = work.loss
+
+        def loss(batch: Any) -> Any:
+            nonlocal passes
+            passes += 1
+            found = inner(batch)
+            if passes == 2 * step:
+                act()
+            return found
+
+        work.loss = loss
+        try:
+            return own(work, batches, supervised)
+        finally:
+            work.loss = inner
+
+    monkeypatch.setattr(loop, "accumulate", accumulate)
+
+
+@pytest.mark.parametrize("where", [in_a_step, at_evaluation])
+def test_a_step_or_an_evaluation_that_takes_too_long_is_left_and_comes_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: Callable[..., None]
+) -> None:
+    words = (*LORA, "dropout=0.1", "steps=4", "eval.every=2", "eval.keep_best=true", "batch=8", "micro_batch=4")
+    task.run(tiny_job(tmp_path, *words, f"out={tmp_path}/whole"))
+    job, run = tiny_job(tmp_path, *words), tmp_path / "run"
+    monkeypatch.setattr(interrupt, "GRACE", 0.2)
+    where(monkeypatch, 3 if where is in_a_step else 2, hang)
+    with terminable(), pytest.raises(Interrupted, match="after step 2 of 4; a checkpoint is saved"):
+        task.run(job)
+    monkeypatch.undo()
+    saved = checkpoint.load(run / "checkpoints/step-2").progress
+    assert saved.unevaluated == (where is at_evaluation)
+    assert task.run(job) == 0
+    assert adapter(run) == adapter(tmp_path / "whole")
+    assert steps_in(run / "metrics.jsonl") == [1, 2, 3, 4]
+    timeless = [
+        [{**r, "seconds": 0} for r in map(json.loads, (out / "evals.jsonl").read_text().splitlines())]
+        for out in (run, tmp_path / "whole")
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_a_first_step_that_takes_too_long_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupt, "GRACE", 0.2)
+    in_a_step(monkeypatch, 1, hang)
+    job = tiny_job(tmp_path, *LORA, "steps=3", "batch=8", "micro_batch=4", "eval=none", f"out={tmp_path}/runs/a")
+    with pytest.raises(Interrupted, match="before the first step"):
+        task.run(job)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_stop_before_the_first_step_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,6 +289,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_no_run(
     assert task.run(tiny_job(tmp_path, *LORA, "steps=2", "save_every=1")) == 0
     said = capsys.readouterr().out
     assert f"WARNING: NO CHECKPOINT of step 1: {tmp_path}/run/checkpoints/step-1: Error while" in said
+    assert read(tmp_path / "run/result.json")["checkpoints"]["saved"] == 0
     after_step(monkeypatch, 1, kill(signal.SIGINT))
     with pytest.raises(RunFailed, match="its checkpoint could not be saved"):
         task.run(tiny_job(tmp_path, *LORA, "steps=2", f"out={tmp_path}/b"))
@@ -290,20 +356,75 @@ def test_more_recomputed_layers_than_the_model_has(tmp_path: Path) -> None:
         task.run(tiny_job(tmp_path, *LORA, "steps=1", "checkpointing=3"))
 
 
-def test_a_disk_that_fills_up_names_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ftrun.metrics import jsonl
+def test_a_disk_that_fills_up_names_its_file_and_costs_no_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ftrun.metrics.jsonl import JsonLines
 
-    own = jsonl._line
+    own = JsonLines.step
 
-    def line(row: dict[str, Any]) -> str:
-        if row["step"] == 2:
-            raise OSError(28, "No space left on device")
-        return own(row)
+    def step(self: JsonLines, record: Any) -> None:
+        if record.step == 2:
+            self._files["metrics.jsonl"]._file = Path("/dev/full").open("wb", buffering=0)  # noqa: SIM115
+        own(self, record)
 
-    monkeypatch.setattr(jsonl, "_line", line)
+    job, run = tiny_job(tmp_path, *LORA, "steps=3", "eval=none"), tmp_path / "run"
+    monkeypatch.setattr(JsonLines, "step", step)
     with pytest.raises(RunFailed, match=r"run/metrics\.jsonl: cannot be written: No space left on device"):
-        task.run(tiny_job(tmp_path, *LORA, "steps=3", "eval=none"))
-    assert read(tmp_path / "run/result.json")["status"] == "failed"
+        task.run(job)
+    assert read(run / "result.json")["status"] == "failed"
+    assert adapter(run)
+    assert steps_in(run / "metrics.jsonl") == [1]
+    monkeypatch.undo()
+    assert task.run(job) == 0
+    assert steps_in(run / "metrics.jsonl") == [1, 2, 3]
+    result = read(run / "result.json")
+    assert (result["status"], result["checkpoints"]["saved"]) == ("finished", 1)
+
+
+def test_lines_that_were_lost_with_the_power_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, run = tiny_job(tmp_path, *LORA, "steps=4", "eval.every=1"), tmp_path / "run"
+    after_step(monkeypatch, 3, kill(signal.SIGINT))
+    with pytest.raises(Interrupted):
+        task.run(job)
+    monkeypatch.undo()
+    assert {"job.yaml", "plan.json"} < {p.name for p in (run / "checkpoints/step-3").iterdir()}
+    for name in ("metrics.jsonl", "evals.jsonl"):
+        (run / name).write_bytes((run / name).read_bytes()[:400])
+    assert task.run(job) == 0
+    assert steps_in(run / "metrics.jsonl") == [1, 2, 3, 4]
+    assert steps_in(run / "evals.jsonl") == [0, 1, 2, 3, 4]
+
+
+def no_memory(*args: object) -> None:
+    raise MemoryError("out of memory")
+
+
+def test_a_want_of_memory_at_the_end_costs_no_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(session, "answer", no_memory)
+    words = (*LORA, "steps=2", "eval.rows=2", "eval.retention=0")
+    assert task.run(tiny_job(tmp_path, *words)) == 0
+    assert "eval.prompt: not answered: out of memory" in capsys.readouterr().out
+    assert read(tmp_path / "run/result.json")["samples"] == []
+    at_evaluation(monkeypatch, 2, no_memory)
+    with pytest.raises(RunFailed, match="out of memory"):
+        task.run(tiny_job(tmp_path, *words, f"out={tmp_path}/b"))
+    assert adapter(tmp_path / "b") == adapter(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", '{"step": 0, "loss": 2.0}', '{"step": 0, "loss": 2.0, "gone": 1}', "null", None],
+)
+def test_damaged_figures_of_the_base_are_made_anew(tmp_path: Path, content: str | None) -> None:
+    path, whole = tmp_path / "a.json", EvalRecord(0, 2.0, 7.4, 300, 1.5, extra={"answer": "x"})
+    path.write_text(json.dumps(asdict(whole)) if content is None else content)
+    assert session._kept_figures(path) == (whole if content is None else None)
+    if content is None:
+        path.write_text(json.dumps({**asdict(whole), "loss": "2"}))
+        assert session._kept_figures(path) is None
 
 
 def test_the_bases_figures_are_kept_apart_for_new_tokens(tmp_path: Path) -> None:

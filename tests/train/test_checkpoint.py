@@ -25,20 +25,23 @@ def sample(step: int) -> Checkpoint:
     optimiser.step()
     tensors, meta = flatten(optimiser)
     belongs = {"base": "abc"}
-    return Checkpoint(Progress(step), {"w": weight.detach()}, tensors, meta, random_state(), belongs)
+    files = {"metrics.jsonl": b'{"step": 1}\n'}
+    return Checkpoint(Progress(step), {"w": weight.detach()}, tensors, meta, random_state(), belongs, files)
 
 
 def edit_state(folder: Path, change: Callable[[dict], object]) -> None:
     state = json.loads((folder / "state.json").read_text())
     change(state)
     (folder / "state.json").write_text(json.dumps(state))
+    checkpoint.commit(folder)  # as if it had been saved so
 
 
 def lose_a_tensor(folder: Path) -> None:
     tensors = load_file(folder / "optimiser.safetensors")
     tensors.pop("0.exp_avg")
     save_file(tensors, folder / "optimiser.safetensors")
-    edit_state(folder, lambda state: state.pop("files"))  # as if it had been saved so
+    digest = checkpoint.digest(folder / "optimiser.safetensors")
+    edit_state(folder, lambda state: state["files"].update({"optimiser.safetensors": digest}))
 
 
 def flip_a_byte(folder: Path) -> None:
@@ -58,6 +61,9 @@ def flip_a_byte(folder: Path) -> None:
         (lose_a_tensor, "0.exp_avg is missing"),
         (flip_a_byte, "not what was saved"),
         (lambda f: f.rename(f.parent / "step-99"), "it is that of step 2"),
+        (lambda f: edit_state(f, lambda s: s.pop("files")), "lacks 'files'"),
+        (lambda f: edit_state(f, lambda s: s["files"].pop("trained.safetensors")), "no hash of its tensors"),
+        (lambda f: (f / "commit").unlink(), "No such file"),
     ],
 )
 def test_a_damaged_one_is_named_and_the_one_before_is_taken(
@@ -92,10 +98,30 @@ def test_the_newest_two_are_kept_and_a_damaged_later_one_counts_for_none(tmp_pat
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-2", "step-3", "step-98", "step-99"]
 
 
-def test_what_it_belongs_to_comes_back_and_older_checkpoints_name_nothing(tmp_path: Path) -> None:
-    assert load(save(tmp_path, sample(1))).belongs == {"base": "abc"}
-    edit_state(tmp_path / "step-1", lambda state: (state.pop("belongs"), state.pop("files")))
-    assert load(tmp_path / "step-1").belongs == {}
+def test_every_byte_is_checked(tmp_path: Path) -> None:
+    folder = save(tmp_path, sample(2))
+    files = sorted(folder.iterdir())
+    assert len(files) == 6
+    for path in files:
+        whole = path.read_bytes()
+        for place in range(0, len(whole), max(1, len(whole) // 40)):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+            with pytest.raises(UserError, match="damaged"):
+                load(folder)
+        path.write_bytes(whole)
+    assert load(folder).progress.step == 2
+
+
+def test_what_it_belongs_to_and_the_records_come_back(tmp_path: Path) -> None:
+    found = load(save(tmp_path, sample(1)))
+    assert (found.belongs, found.files) == ({"base": "abc"}, {"metrics.jsonl": b'{"step": 1}\n'})
+
+
+def test_those_of_before_there_was_a_marker_are_taken(tmp_path: Path) -> None:
+    save(tmp_path, sample(1))
+    edit_state(tmp_path / "step-1", lambda state: [state.pop(key) for key in ("belongs", "files", "format")])
+    (tmp_path / "step-1/commit").unlink()
+    assert (load(tmp_path / "step-1").belongs, load(tmp_path / "step-1").files) == ({}, {})
 
 
 def test_the_best_stays_until_the_next_best_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,9 @@ from ftrun.errors import Interrupted, RunFailed
 from ftrun.optim import adamw_bnb
 from ftrun.optim.paging import PAGED_FROM
 from ftrun.runs import cache_dir
+from ftrun.train import loop
 from ftrun.train.loop import Progress, gradients, train
+from ftrun.train.ranks import Ranks
 from ftrun.values import Batch
 from tests.jobs import tiny_job
 
@@ -148,6 +150,30 @@ def test_a_request_to_stop_saves_first(tmp_path: Path) -> None:
     assert saved == [1]
 
 
+def test_ranks_leave_a_long_step_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They ask one another between micro-batches, where the step before was long."""
+    asked: list[int] = []
+
+    class Others(Ranks):
+        def any(self, here: bool) -> bool:
+            asked.append(progress.step)
+            return asked == [0, 1, 1, 1]  # within the second step another one has to leave it
+
+    for long in (0.0, 1e9):
+        monkeypatch.setattr(loop, "_LONG", long)
+        work, saved, progress = ready(tmp_path, "method=lora", "batch=8", total=2), [], Progress()
+        work.ranks, work.save = Others(), lambda progress, saved=saved: saved.append(progress.step)
+        asked.clear()
+        if long:
+            list(train(work, progress))
+            assert (saved, asked) == ([2], [0, 1, 1, 2, 2])
+            continue
+        with pytest.raises(Interrupted, match="after step 1 of 2"):
+            list(train(work, progress))
+        assert saved == [1]
+        assert all(parameter.grad is None for parameter in work.trained)
+
+
 def test_stops_early_when_evaluations_get_no_better(tmp_path: Path) -> None:
     from ftrun.values import EvalRecord
 
@@ -156,9 +182,16 @@ def test_stops_early_when_evaluations_get_no_better(tmp_path: Path) -> None:
     work.evaluate_every, work.patience = 1, 2
     best: list[int] = []
     work.save_best = lambda progress: best.append(progress.step)
+    said: list[str] = []
+    work.say = said.append
     progress = Progress()
     list(train(work, progress))
     assert (progress.step, progress.best_step, best) == (4, 2, [1, 2])
+    work.total = 9
+    list(train(work, progress))  # more steps are no reason to go on
+    assert progress.step == 4
+    why = "eval.patience=2: so many evaluations were no better than that of step 2"
+    assert said == [f"training ended after step 4 of {total}: {why}" for total in (6, 9)]
 
 
 def test_a_batch_moves_whole() -> None:

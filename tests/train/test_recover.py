@@ -124,7 +124,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_one_too_many_ends_the_run
     assert [row.get("skipped", False) for row in rows] == [False, True, False, False, False]
     assert rows[1]["loss"] is None
     assert "step 2: loss nan" in (said := capsys.readouterr().out)
-    assert "ITS UPDATE IS SKIPPED, the 1. of at most 3. Rows of the batch: [" in said
+    assert f"ITS UPDATE IS SKIPPED, the 1. of at most 3. Rows of the batch: [{tmp_path}/rows.jsonl:" in said
     result = read(run / "result.json")
     assert (result["skipped"], result["status"]) == ([2], "finished")
     one, two = (checkpoint.load(run / f"checkpoints/step-{n}") for n in (1, 2))
