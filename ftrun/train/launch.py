@@ -141,7 +141,7 @@ def _not_met(error: Exception, nodes: Nodes) -> Exception:
     return RunFailed(f"the connection to the job's other machines, at {nodes.endpoint}, is lost: {error}")
 
 
-_ENVIRONMENT = ("OMP_NUM_THREADS", "FTRUN_PARENT")
+_ENVIRONMENT = ("OMP_NUM_THREADS", "FTRUN_PARENT", "FTRUN_ROUND")
 _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 

@@ -125,7 +125,12 @@ def join(kind: str) -> Ranks:
     if not dist.is_initialized():
         if kind == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=_PATIENCE)
+        store, rank, world = next(dist.rendezvous("env://", timeout=_PATIENCE))
+        store.set_timeout(_PATIENCE)
+        # torch's agent keeps one store for all restarts: where the ranks of the last one listened is still in it
+        store = dist.PrefixStore(os.environ.get("FTRUN_ROUND", ""), store)
+        how = "nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(how, store=store, rank=rank, world_size=world, timeout=_PATIENCE)
     device = torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device("cpu")
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 

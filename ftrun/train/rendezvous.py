@@ -4,8 +4,10 @@ which none comes back whose worker has ended for a reason of its own.
 
 from __future__ import annotations
 
+import os
 import socket
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import closing, suppress
 from datetime import timedelta
@@ -23,7 +25,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRende
 
 from ftrun.errors import UserError
 
-BACKEND = "ftrun"
+BACKEND, ROUND = "ftrun", "FTRUN_ROUND"
 PATIENCE = 900  # seconds that machines wait for one another
 _LOOK = 1.0  # seconds between two looks at whether the host is there
 
@@ -38,10 +40,14 @@ class Rendezvous(DynamicRendezvousHandler):
         return BACKEND
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """See base class."""
+        """See base class. A round's workers find ROUND in their environment, the same on all machines."""
         if (why := self.ended()) is not None:
             raise why
-        return super().next_rendezvous()
+        found = super().next_rendezvous()
+        if found.rank == 0:
+            found.store.set(ROUND, uuid.uuid4().hex)
+        os.environ[ROUND] = found.store.get(ROUND).decode()
+        return found
 
 
 def create(parameters: RendezvousParameters) -> RendezvousHandler:

@@ -75,6 +75,26 @@ def test_a_worker_that_said_why_it_ended_is_not_started_anew(tmp_path: Path) -> 
     assert starts(tmp_path, RunFailed("step 7: loss nan: not finite")) == 1
 
 
+def test_workers_that_are_started_anew_find_one_another(tmp_path: Path) -> None:
+    """The first of two is killed at work; torch's store still holds where both listened then."""
+    script = tmp_path / "worker.py"
+    script.write_text(f"""
+import os, pathlib, signal
+from ftrun.train.ranks import end, join
+ranks, there = join("cpu"), pathlib.Path({str(tmp_path)!r})
+(there / "rounds").open("a").write(os.environ["FTRUN_ROUND"] + "\\n")
+ranks.wait()
+if ranks.first and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    os.kill(os.getpid(), signal.SIGKILL)
+(there / str(ranks.rank)).write_text(str(ranks.sums([ranks.rank + 1])))
+end(0)
+""")
+    launch([str(script)], 2, max_restarts=1)
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["[3.0]"] * 2
+    rounds = (tmp_path / "rounds").read_text().split()
+    assert sorted(rounds.count(one) for one in set(rounds)) == [2, 2]
+
+
 def test_a_place_that_nobody_knows_or_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="no such host"):
         launch(["-c", "0"], 1, Nodes(2, "no-such-host.invalid:29400", "k"))
