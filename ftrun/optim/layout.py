@@ -139,15 +139,13 @@ class _Move:
         ends = [0, *(p.start + p.values.numel() for p in parts)]
         if [p.start for p in parts] != ends[:-1]:
             raise ValueError("a part of the optimiser's state is missing")
-        coded = [p for p in parts if p.scales is not None]
-        if len(coded) == len(parts) and not any(p.start % BLOCK for p in parts):
-            scales = torch.cat([p.scales for p in parts if p.scales is not None])
-            return _Moment(0, torch.cat([p.values for p in parts]), scales, parts[0].codes)
-        self.exact &= not coded
+        scales = [p.scales for p in parts if p.scales is not None]
+        if len(scales) == len(parts) and not any(p.start % BLOCK for p in parts):
+            return _Moment(0, torch.cat([p.values for p in parts]), torch.cat(scales), parts[0].codes)
         return _Moment(0, torch.cat([p.decoded() for p in parts]))
 
     def to(self, own: Layout, optimiser: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any], bool]:
-        """What `state.flatten` would give of an optimiser of this layout; whether every moment is what was saved."""
+        """What `state.flatten` would give of an optimiser of this layout; whether none was quantised anew."""
         tensors: dict[str, torch.Tensor] = {}
         state: dict[str, dict[str, Any]] = {}
         for index, eight in enumerate(_in_8_bits(optimiser)):
@@ -172,13 +170,12 @@ class _Move:
         if codes is None:
             values = torch.zeros(size, dtype=held[0][1].decoded().dtype)
             for span, moment in held:
-                self.exact &= moment.scales is None
                 values[span.at : span.at + span.size] = moment.decoded()
             return {key: values.view(shape)}
         values = torch.full((size,), int(codes.abs().argmin()), dtype=torch.uint8)
         scales = torch.zeros(-(-size // BLOCK))
         for span, moment in held:
-            self.exact &= moment.scales is not None
+            self.exact &= moment.scales is not None  # decoding loses nothing, quantising does
             found = moment if moment.scales is not None else _Moment.coded(moment.values, codes)
             assert found.scales is not None
             values[span.at : span.at + span.size] = found.values

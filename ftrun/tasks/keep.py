@@ -94,11 +94,8 @@ class Keeper:
             optimiser_state.restore(work.optimiser, tensors, meta)
         except ValueError as error:
             raise UserError(f"{self.run.checkpoints}: {error}") from error
-        if not exact:
-            self.say(
-                "saved on another number of devices, whose parts end within the blocks of 8-bit optimiser state: it is "
-                "quantised anew, which is not exact"
-            )
+        if work.ranks.any(not exact):
+            self.say("saved in other parts: 8-bit optimiser state that they cut is quantised anew, which is not exact")
         if restore_of_each(found.random, work.ranks):
             return
         seed_rank(self.job.seed, found.progress.step, work.ranks)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from ftrun.optim.state import flatten, restore
+from ftrun.optim.state import check, flatten, restore
 from tests.optim.choices import CHOICES, build
 
 
@@ -82,3 +82,11 @@ def test_another_layout_is_refused() -> None:
     tensors, meta = flatten(optimizer)
     with pytest.raises(ValueError, match="3 in groups of"):
         restore(build("adamw", params[:3]), tensors, meta)
+
+
+@pytest.mark.parametrize("ranks", [[3], [{}], [{"groups": [], "shapes": [], "state": {"0": {}}}], 2])
+def test_what_is_no_state_of_several_ranks_is_refused(ranks: object) -> None:
+    tensors, meta = flatten(build("adamw", weights()))
+    with pytest.raises((ValueError, TypeError)):
+        check(tensors, {**meta, "ranks": ranks})
+    check(tensors, {**meta, "ranks": [meta, meta]})
