@@ -179,7 +179,7 @@ def write_for_user(path: Path, text: str) -> None:
     """`text` as a file, whole or not at all, that its user alone can read: what secrets a job holds are in it."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with aside(path) as beside:
-        handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
 
