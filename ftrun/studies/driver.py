@@ -233,8 +233,10 @@ class Driver:
         if ran and "peak_bytes" not in figures:  # the largest step may lie before the rung that it goes on from
             earlier = self.ledger.last("end", key=point.key) or {}
             figures |= {k: v for k, v in (earlier.get("figures") or {}).items() if k == "peak_bytes"}
-        if "planned_peak_bytes" not in figures and "peak_bytes" in plan:
-            figures["planned_peak_bytes"] = plan["peak_bytes"]
+        if "peak_bytes" in plan:
+            figures.setdefault("planned_peak_bytes", plan["peak_bytes"])
+            if status in _FINAL:  # one that was too short to be measured took what was planned
+                figures.setdefault("peak_bytes", plan["peak_bytes"])
         found = self.ledger.add(
             "end",
             number=trial.number,

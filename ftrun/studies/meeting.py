@@ -6,14 +6,14 @@ The other end is InFiles of ftrun/tasks/channel.py.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ftrun.beside import replace_text
 from ftrun.dialogue import add_line, is_end, read_lines
-from ftrun.runs import read_json
+from ftrun.runs import aside, read_json
 from ftrun.studies.launching import Event, Task
 
 _BESIDE = (".events.jsonl", ".verdict", ".stop")
@@ -65,7 +65,7 @@ class Meeting:
         path = self.file(task)
         for suffix in (".stop",) if by_hand and self._is_there(path, request) else _BESIDE:
             path.with_suffix(suffix).unlink(missing_ok=True)
-        replace_text(path, json.dumps(request, default=str), private=True)  # what secrets the job holds are in it
+        write_for_user(path, json.dumps(request, default=str))
         # there from the start: a name that a network's file system has once missed is missed for a while
         path.with_suffix(".verdict").touch()
         self._watched[task.id] = Watched(task.id, path, Path(request["tree"]["out"]).name)
@@ -173,6 +173,15 @@ class Meeting:
         one.answers[step] = go
         one.answered.add((attempt, step))
         add_line(one.path.with_suffix(".verdict"), {"attempt": attempt, "step": step, "go": go})
+
+
+def write_for_user(path: Path, text: str) -> None:
+    """`text` as a file, whole or not at all, that its user alone can read: what secrets a job holds are in it."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with aside(path) as beside:
+        handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
 
 
 def _often(attempts: int) -> str:

@@ -159,6 +159,8 @@ def test_a_record_that_cannot_be_written_lets_jobs_save_what_they_have(tmp_path:
 
 def test_a_job_needs_what_all_of_its_ranks_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PLAN, "ranks", 2)
+    monkeypatch.setitem(PLAN, "peak_bytes", 7)
     made = driver(tmp_path, Instant(lambda: None))
     made.run()
     assert [(task.bytes, task.share) for task in made.launcher.trained] == [(2, 0.2)] * 2  # type: ignore[attr-defined]
+    assert [end["figures"]["peak_bytes"] for end in made.ledger.of("end")] == [7] * 2  # no run has measured it

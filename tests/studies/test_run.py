@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from ftrun.runs import read_json
 from tests.studies.small import apart, events, ftrun, typed
@@ -109,6 +112,22 @@ def test_a_study_of_nothing_but_mistakes_is_one(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "rank=-4: expected an integer, 1 or more" in done.stderr
     assert not (tmp_path / "study").exists()
+
+
+def test_a_full_disk_is_one_message_and_leaves_nothing_half_written(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        done = ftrun(typed(tmp_path, "rank=2,4", f"out={disk}"))
+        assert (done.returncode, done.stderr.count("\n")) == (4, 1), done.stderr
+        assert f"ftrun: {disk}" in done.stderr
+        assert "No space left on device. The same command goes on with the study" in done.stderr
+        assert [p.name for p in disk.iterdir()] == [".lock"]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_equal_points_run_once(tmp_path: Path) -> None:

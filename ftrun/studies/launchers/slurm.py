@@ -19,7 +19,6 @@ from typing import Any
 
 import yaml
 
-from ftrun.beside import replace_text
 from ftrun.errors import UserError
 from ftrun.memory.sizes import parse_size
 from ftrun.schema import option
@@ -27,6 +26,7 @@ from ftrun.studies.attempt import Attempt
 from ftrun.studies.elsewhere import Elsewhere, Shape, say, shape
 from ftrun.studies.jobs import Jobs
 from ftrun.studies.launching import Task
+from ftrun.studies.meeting import write_for_user
 from ftrun.studies.worker import COMMAND
 
 _TRAIN = (sys.executable, "-m", "ftrun")
@@ -261,7 +261,7 @@ class Launcher(Elsewhere):
             return (str(self.place(task, self.options.cpus_per_task, by_hand=True)),)
         request, path = self.request(task, 0), self.meeting.file(task).with_suffix(".yaml")
         text = yaml.safe_dump({"choices": request["choices"], **request["tree"]}, sort_keys=False, allow_unicode=True)
-        replace_text(path, text, private=True)
+        write_for_user(path, text)
         return (f"job={path}", f"out={request['tree']['out']}")
 
 

@@ -205,7 +205,8 @@ def _best(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
     front = [row for row in rows if not any(_dominates(other, row, names) for other in rows)]
     numbers = ", ".join(str(row["number"]) for row in front)
     listed = f"{', '.join(names[:-1])} and {names[-1]}"
-    return f"Pareto front of {listed}, where one gets better only as another gets worse: rows {numbers}"
+    word = "rows" if len(front) > 1 else "row"
+    return f"Pareto front of {listed}, where one gets better only as another gets worse: {word} {numbers}"
 
 
 def _dominates(one: Mapping[str, Any], other: Mapping[str, Any], names: Sequence[str]) -> bool:
