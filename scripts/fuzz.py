@@ -3,11 +3,12 @@
     python scripts/fuzz.py [inputs, 2000 by default] [seed, 0] [surface ...]
 
 Surfaces: overrides, job files, data files (jsonl, json, csv, parquet), adapter folders, checkpoints, bases of
-safetensors and GGUF files. A sound input is changed at random (bytes turned, cut, doubled, numbers made huge, values of
-JSON made something else) and read by the product's own code. Wrong are: any exception but those that a user is told of,
-a message of many lines, an exit code beside 0, 2 and 3, more than 20 s, a run's folder that is left behind, a file
-written outside the run's folder and the cache, a process started, a pickle opened. Exit code 1 where something is
-wrong; each such input is printed with its number, and `python scripts/fuzz.py 1 SEED SURFACE` is the first of a seed.
+safetensors and GGUF files, and finished runs by the verbs that open one. A sound input is changed at random (bytes
+turned, cut, doubled, numbers made huge, values of JSON made something else) and read by the product's own code. Wrong
+are: any exception but those that a user is told of, a message of many lines, an exit code beside 0, 2 and 3, more than
+20 s, a run's folder that is left behind, a file written outside the run's folder and the cache, a process started, a
+pickle opened. Exit code 1 where something is wrong; each such input is printed with its number, and
+`python scripts/fuzz.py 1 SEED SURFACE` is the first of a seed.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from ftrun.errors import RunFailed, UserError  # noqa: E402
 from tests.jobs import overrides, tiny_base, write_rows  # noqa: E402
 
 SECONDS = 20
+_FEW = ("eval=all", "eval.retention=0", "eval.exact=none", "eval.rows=2")  # of what ftrun eval measures
 _KEYS = (
     "rank",
     "lr",
@@ -177,6 +179,7 @@ class Fuzz:
         self.words = overrides(self.base, self.rows, "eval=none")
         self._command("train", *self.words, "method=lora", "rank=4", "steps=1", f"out={folder / 'sound'}")
         self.sound = folder / "sound"
+        self._command("eval", f"run={self.sound}", *_FEW)
         self._files()
         self.guard = Guard([folder, cache, Path(tempfile.gettempdir()) / "ftrun-"])
 
@@ -205,7 +208,7 @@ class Fuzz:
         """Each changes an input and reads it; returns the input in words. Raises what the product raised."""
         return {
             "overrides": self.overrides, "job": self.job, "data": self.data, "adapter": self.adapter,
-            "checkpoint": self.checkpoint, "safetensors": self.safetensors, "gguf": self.gguf,
+            "checkpoint": self.checkpoint, "safetensors": self.safetensors, "gguf": self.gguf, "run": self.run,
         }  # fmt: skip
 
     def _command(self, *words: str) -> None:
@@ -304,15 +307,50 @@ class Fuzz:
             pass
         return path.name
 
+    def run(self, dice: random.Random) -> str:
+        run, merged = self.folder / "fuzzed-run", self.folder / "merged"
+        for folder in (run, merged):
+            shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(self.sound, run, ignore=shutil.ignore_patterns("checkpoints", ".lock", "log.txt"))
+        learnt = ("job.yaml", *(f"adapter/{p.name}" for p in sorted((run / "adapter").iterdir())))
+        verbs = {
+            "check": ((f"run={run}",), learnt),
+            "generate": ((f"run={run}", "prompt=a", "max_new_tokens=2"), ("result.json", *learnt)),
+            "eval": ((f"run={run}", *_FEW), ("result.json", "eval.json", *learnt)),
+            "merge": ((f"run={run}", f"out={merged}", "rows=2"), ("result.json", *learnt)),
+            "push": ((f"run={run}", "repo=me/mine", "dry=true"), ("result.json", "result.json", *learnt)),
+            "report": ((str(run),), ("result.json", "result.json", "metrics.jsonl", "evals.jsonl", "job.yaml")),
+        }
+        verb = dice.choice(sorted(verbs))
+        words, files = verbs[verb]
+        path = run / dice.choice(files)
+        self._change(dice, path)
+        self._command(verb, *words)
+        assert verb != "merge" or merged.exists() == (merged / "merge.json").exists(), "a half-written model"
+        return f"{verb} {path.name}"
+
     def _changed(self, dice: random.Random, source: Path, to: str, of: Sequence[str] = ()) -> str:
         """A copy of a folder with one file changed, its header most of all; returns that file's name."""
         target = self.folder / to
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(source, target)
         path = dice.choice(sorted(p for p in target.iterdir() if p.is_file() and (not of or p.name in of)))
+        self._change(dice, path)
+        return path.name
+
+    def _change(self, dice: random.Random, path: Path) -> None:
         content = path.read_bytes()
         if path.suffix == ".json" and dice.random() < 0.6:
             path.write_text(json.dumps(otherwise(dice, json.loads(content))))
+        elif path.suffix == ".jsonl" and dice.random() < 0.6:
+            rows = otherwise(dice, [json.loads(line) for line in content.splitlines()])
+            path.write_text(
+                "".join(json.dumps(row) + "\n" for row in rows) if isinstance(rows, list) else json.dumps(rows)
+            )
+        elif path.suffix == ".yaml" and dice.random() < 0.6:
+            import yaml
+
+            path.write_text(json.dumps(otherwise(dice, yaml.safe_load(content))))
         elif path.suffix == ".safetensors" and dice.random() < 0.7:
             size = struct.unpack("<Q", content[:8])[0]
             header = json.dumps(otherwise(dice, json.loads(content[8 : 8 + size]))).encode()
@@ -320,7 +358,6 @@ class Fuzz:
             path.write_bytes(struct.pack("<Q", len(header)) + header + content[8 + size :])
         else:
             path.write_bytes(turned(dice, content))
-        return path.name
 
     def one(self, surface: str, seed: str) -> str | None:
         """What is wrong with how an input was taken; None where nothing is."""
@@ -366,7 +403,16 @@ def _limited(seconds: int) -> Iterator[None]:
 
 
 # of a hundred inputs; those that train take the longest
-SHARES = {"overrides": 20, "job": 20, "data": 20, "adapter": 5, "checkpoint": 15, "safetensors": 5, "gguf": 15}
+SHARES = {
+    "overrides": 18,
+    "job": 18,
+    "data": 18,
+    "adapter": 5,
+    "checkpoint": 13,
+    "safetensors": 5,
+    "gguf": 13,
+    "run": 10,
+}
 
 
 def sequence(count: int, surfaces: Sequence[str] = tuple(SHARES)) -> list[str]:

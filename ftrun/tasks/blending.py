@@ -41,7 +41,7 @@ def save(folder: Path, job: Job, parts: assemble.Sketch, blend: Blend, record: M
 
 def _job(job: Job, config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The job whose LoRA has the blend's shape: that of the first adapter, of another rank on other weights."""
-    found = changed(job, ["method=lora"]).as_dict()
+    found = (job if job.method.kind == "lora" else changed(job, ["method=lora"])).as_dict()
     shape = {"rank": config["r"], "alpha": config["lora_alpha"], "dropout": 0.0, "layers": "all"}
     shape |= {"targets": [*config["target_modules"], *(config["target_parameters"] or [])]}
     rest = {"rank_pattern": config["rank_pattern"], "alpha_pattern": config["alpha_pattern"], "from": None}

@@ -204,7 +204,7 @@ class Answering:
         for (row, name), answer in zip(wanted, found, strict=True):
             beside = name == BASE and "answer" in lines[row]
             lines[row] |= {"base": answer.text} if beside else {"adapter": name, "answer": answer.text, **_row(answer)}
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        text = "".join(_line(line) + "\n" for line in lines)
         if o.out is not None:
             _write(Path(o.out), text)
             _say(f"{len(lines)} answers in {o.out}")
@@ -301,6 +301,14 @@ class Answering:
 def _row(answer: Answer) -> dict[str, Any]:
     """An answer's JSON: its text, its tokens, and whether it came to its end."""
     return {"answer": answer.text, "tokens": len(answer.ids), "ended": answer.ended}
+
+
+def _line(row: dict[str, Any]) -> str:
+    """JSON in readable letters; escaped where a row holds half a surrogate pair, which no file takes."""
+    from ftrun.tasks.prompts import encodable
+
+    text = json.dumps(row, ensure_ascii=False)
+    return text if encodable(text) else json.dumps(row)
 
 
 def _write(out: Path, text: str) -> None:

@@ -213,6 +213,8 @@ def told(report: Mapping[str, Any]) -> list[str]:
 
 
 def _share(value: float) -> str:
+    if 0 < abs(value) < 1e-6:  # float32's own rounding
+        return "under 0.0001 %"
     return f"{100 * value:.2g} %" if abs(value) < 0.1 else f"{100 * value:.0f} %"
 
 

@@ -95,6 +95,11 @@ def read(path: Path, adapter: str | None) -> list[Prompt]:
     return found
 
 
+def encodable(text: str) -> bool:
+    """Whether a file of UTF-8 can hold it: half a surrogate pair, as JSON may escape one, it cannot."""
+    return text.encode("utf-8", "ignore").decode("utf-8") == text
+
+
 def _with(prompt: Prompt, where: str) -> Prompt:
     return Prompt(prompt.messages, where, prompt.adapter, prompt.given)
 
@@ -109,10 +114,15 @@ def _row(text: str, where: str, adapter: str | None) -> Prompt:
     own = row.get("adapter", adapter)
     if own is not None and not isinstance(own, str):
         raise UserError(f"{where}: adapter: found {own!r}, expected an adapter's name")
+    messages: list[Message] = []
     if isinstance(row.get("messages"), list) and row["messages"]:
-        return Prompt([_message(m, where) for m in row["messages"]], where, own, row)
-    if isinstance(row.get("prompt"), str) and row["prompt"]:
-        return Prompt([{"role": "user", "content": row["prompt"]}], where, own, row)
+        messages = [_message(m, where) for m in row["messages"]]
+    elif isinstance(row.get("prompt"), str) and row["prompt"]:
+        messages = [{"role": "user", "content": row["prompt"]}]
+    if messages:
+        if not encodable("".join(str(m["content"]) for m in messages)):
+            raise UserError(f"{where}: holds half a surrogate pair, which is no text")
+        return Prompt(messages, where, own, row)
     raise UserError(f"{where}: found {', '.join(row) or 'nothing'}, expected prompt (text) or messages (a list)")
 
 

@@ -69,6 +69,10 @@ def contents(run: Path, repo: str, what: str) -> dict[str, bytes | Path]:
     result = read_json(run / "result.json")
     if result is None or result.get("status") != "finished":
         raise UserError(f"run={run}: it is not at its end: there is no result to upload")
+    if "blend" in result:
+        raise UserError(
+            f"run={run}: a blend of adapters has no training for a card to tell; hf upload takes {run}/adapter"
+        )
     whole = what != "adapter"
     folder = Path(what).expanduser() if whole else learnt(run)
     if not (folder / ("config.json" if folder.name != "adapter" or whole else "adapter_config.json")).is_file():

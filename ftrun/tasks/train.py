@@ -114,7 +114,8 @@ def _undone(job: Job, out: Path) -> list[str]:
     """What a finished run has not come to."""
     from ftrun.tasks import card, evaluate
 
-    card_left = not (out / card.FILE).exists()
+    trained = "blend" not in (read_json(out / "result.json") or {})  # of a blend no training can be told
+    card_left = trained and not (out / card.FILE).exists()
     return [*["its card"] * card_left, *["its evaluation"] * evaluate.undone(job, out)]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ftrun.cli import main
@@ -161,6 +162,15 @@ def test_a_blend_answers_and_is_saved_for_peft(runs: Runs, tmp_path: Path, capsy
     again = objects(capsys, f"run={out}", "prompt=nine?")["answers"]
     assert again == {"tuned": found["blend"], "base": found["base"]}
     assert main(["check", f"run={out}"]) == 0
+    capsys.readouterr()
+    assert main([f"job={out}/job.yaml", f"out={out}"]) == 0  # nothing trains over it
+    assert "finished, 0 steps" in (told := capsys.readouterr().out)
+    assert "Nothing to do" in told
+    assert main(["push", f"run={out}", "repo=me/mine", "dry=true"]) == 2
+    assert "a blend of adapters has no training" in capsys.readouterr().err
+    assert json.loads((out / "result.json").read_text())["blend"] == record["blend"]
+    own, of = (yaml.safe_load((folder / "job.yaml").read_text()) for folder in (out, runs["a"]))
+    assert {key for key in own if own[key] != of[key]} == {"method", "rank", "alpha", "targets", "out"}
     assert main(["merge", f"run={out}", f"out={tmp_path / 'merged'}", "measure=false"]) == 0
     assert referee({"base": tmp_path / "merged"}, None, "nine?") == found["blend"]["answer"]
     capsys.readouterr()
@@ -174,6 +184,14 @@ def test_answers_that_cannot_be_written_are_not_lost(
     runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "asked.txt").write_text("nine?\nup\n", encoding="utf-8")
+    rows = tmp_path / "asked.jsonl"
+    rows.write_text('{"prompt": "nine?", "id": "\\ud800"}\n')  # no file of UTF-8 takes the half of a pair
+    answered = asked(capsys, f"run={runs['a']}", f"prompts={rows}", f"out={tmp_path / 'odd.jsonl'}")
+    assert answered[0] == ""
+    assert json.loads((tmp_path / "odd.jsonl").read_text())["id"] == "\ud800"
+    rows.write_text('{"prompt": "\\ud800"}\n')
+    said = asked(capsys, f"run={runs['a']}", f"prompts={rows}", code=2)[1]
+    assert said == f"ftrun: {rows}:1: holds half a surrogate pair, which is no text\n"
     line = (f"run={runs['a']}", f"prompts={tmp_path / 'asked.txt'}")
     blend = (f"adapters={{x: {runs['a']}, y: {runs['b']}}}", "blend={x: 1, y: 1}")
     for words in (line, blend):  # told before a model is opened
@@ -184,7 +202,7 @@ def test_answers_that_cannot_be_written_are_not_lost(
     assert [json.loads(text)["prompt"] for text in out.splitlines()] == ["nine?", "up"]
     assert "File name too long; the answers are on standard output" in said
     assert "cannot be written: File name too long" in asked(capsys, *blend, f"out={tmp_path / ('x' * 256)}", code=2)[1]
-    assert [path.name for path in tmp_path.iterdir()] == ["asked.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["asked.jsonl", "asked.txt", "odd.jsonl"]
 
 
 def test_an_allowed_drift_is_on_record(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -214,6 +214,7 @@ def test_all_targets_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert found["requantised"]["noise"] > found["dequantised"]["noise"]
     said = capsys.readouterr().out
     assert "as trained" in said
+    assert "rounding loses under 0.0001 % of the update" in said
     assert "  at scale 0.5 held-out loss" in "\n".join(told({**report, "out": "merged", "scale": 0.5}))
     assert "(written)" in next(line for line in said.splitlines() if "dequantised" in line)
 
