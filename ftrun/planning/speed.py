@@ -4,6 +4,7 @@ hand (a few real steps of a few of the job's own layers), or, for a card that is
 
 from __future__ import annotations
 
+import operator
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -87,13 +88,13 @@ def _fit(samples: Sequence[Sample]) -> tuple[float, ...]:
     rows = torch.tensor([[a / s.seconds for a in astuple(s.cost)] for s in samples], dtype=torch.float64)
     scale = rows.amax(0).clamp(min=1e-300)
     matrix = rows / scale
-    gram, aim = matrix.T @ matrix, matrix.sum(0)
-    theta = torch.zeros(matrix.shape[1], dtype=torch.float64)
+    gram, aim = (matrix.T @ matrix).tolist(), matrix.sum(0).tolist()
+    theta = [0.0] * len(aim)  # plain numbers: six of them are too few for tensors
     for _ in range(_PASSES):
-        for k in range(len(theta)):
-            if gram[k, k] > 0:
-                theta[k] = (theta[k] + (aim[k] - gram[k] @ theta) / gram[k, k]).clamp(min=0)
-    return tuple((theta / scale).tolist())
+        for k, row in enumerate(gram):
+            if row[k] > 0:
+                theta[k] = max(0.0, theta[k] + (aim[k] - sum(map(operator.mul, row, theta))) / row[k])
+    return tuple(map(operator.truediv, theta, scale.tolist()))
 
 
 def measure(
