@@ -39,66 +39,23 @@ from tests.jobs import overrides, tiny_base, write_rows  # noqa: E402
 SECONDS = 20
 _FEW = ("eval=all", "eval.retention=0", "eval.exact=none", "eval.rows=2")  # of what ftrun eval measures
 _KEYS = (
-    "rank",
-    "lr",
-    "steps",
-    "batch",
-    "micro_batch",
-    "seq_len",
-    "seed",
-    "layers",
-    "targets",
-    "checkpointing",
+    "rank", "lr", "steps", "batch", "micro_batch", "seq_len", "seed", "layers", "targets", "checkpointing",
     "epochs",
-)
+)  # fmt: skip
 _KEYS += ("method", "quant", "optim", "data", "eval", "save_every", "save_last", "skip_nonfinite", "dropout", "device")
 _KEYS += ("model.dtype", "optim.clip", "data.held_out", "data.template", "eval.every", "method.init", "name", "prompt")
 _WORDS = (
-    "",
-    "null",
-    "-1",
-    "0",
-    "1e999",
-    "nan",
-    "9" * 40,
-    "[",
-    "{a:",
-    "'",
-    '"',
-    "a,b",
-    "../../x",
-    "~",
-    "\\",
+    "", "null", "-1", "0", "1e999", "nan", "9" * 40, "[", "{a:", "'", '"', "a,b", "../../x", "~", "\\",
     "${oc.env:HOME}",
-)
+)  # fmt: skip
 _WORDS += (
-    "${rank}",
-    "${lr}${",
-    "[1,2]",
-    "{a: 1}",
-    "!!python/object/apply:os.system [id]",
-    "re:(",
-    "last:0",
-    "0-99",
+    "${rank}", "${lr}${", "[1,2]", "{a: 1}", "!!python/object/apply:os.system [id]", "re:(", "last:0", "0-99",
     "\u202e",
-)
+)  # fmt: skip
 _WORDS += (
-    "lora",
-    "qlora",
-    "nf4",
-    "*",
-    "**",
-    "true",
-    "1.5",
-    "0x10",
-    "é" * 50,
-    "$(touch x)",
-    "`touch x`",
-    "a=b",
-    "@",
-    "+",
+    "lora", "qlora", "nf4", "*", "**", "true", "1.5", "0x10", "é" * 50, "$(touch x)", "`touch x`", "a=b", "@", "+",
     "int8",
-)
+)  # fmt: skip
 
 
 class Guard:
