@@ -12,7 +12,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from ftrun.models.select import anatomy as find_anatomy
 from ftrun.models.skeleton import check_length, skeleton
 from ftrun.models.warm import Shelf
 from ftrun.optim.gather import buckets, gather
+from ftrun.optim.layout import Layout
 from ftrun.optim.schedule import rate
 from ftrun.runs import read_json
 from ftrun.stepping import (
@@ -63,6 +64,7 @@ class Sketch:
     anatomy: Anatomy
     tuner: Any
     quantiser: Any
+    drifts: list[str] = field(default_factory=list)  # in what the base is another than its adapter's, where allowed
 
 
 def sketch(job: Job, cache: Path, say: Say, whole: bool = False, base: Base | None = None) -> Sketch:
@@ -144,45 +146,46 @@ def furnish(
     parts.tuner.initialise(parts.model, job.seed, parts.base.tokenizer())
     source = getattr(parts.tuner.options, "from_", None)
     if source:
-        adopt(job, parts, Path(source).expanduser(), say, expects_scheme)
+        parts.drifts = adopt(job, parts, Path(source).expanduser(), say, expects_scheme)
 
 
-def adopt(job: Job, parts: Sketch, folder: Path, say: Say, expects_scheme: bool = True) -> None:
-    """An adapter's values into the model, once it is seen to belong to this base.
+def adopt(job: Job, parts: Sketch, folder: Path, say: Say, expects_scheme: bool = True) -> list[str]:
+    """An adapter's values into the model, once it is seen to belong to this base; the drifts that the job allows.
 
     Raises UserError where it does not, unless the job has allow_drift, and where a tensor has no place.
     """
     config, tensors = load_adapter(folder)
-    check_provenance(job, parts, folder, say, expects_scheme)
+    drifts = check_provenance(job, parts, folder, say, expects_scheme)
     parts.tuner.check(config)
     parts.tuner.load_state(parts.model, tensors)
+    return drifts
 
 
-def check_provenance(job: Job, parts: Sketch, folder: Path, say: Say, expects_scheme: bool = True) -> None:
+def check_provenance(job: Job, parts: Sketch, folder: Path, say: Say, expects_scheme: bool = True) -> list[str]:
     """UserError, naming all that differs, where what lies in `folder` was trained on another base than the job's.
 
-    Said aloud: a drift that the job allows, and a folder that nothing is on record of.
+    Said aloud: a drift that the job allows, which is returned, and a folder that nothing is on record of.
     """
     # a run is recorded with the chat template of its data, which loading its rows sets
     adopt_template(parts.base.tokenizer(), getattr(job.data.options, "template", None), lambda text: None)
     recorded = read_json(folder / provenance.FILE)
     if recorded is None:
         say(f"warning: {folder}: holds no {provenance.FILE}: whether it belongs to this base cannot be told")
-        return
+        return []
     try:
         found = provenance.drifts(recorded, provenance.record(parts.base, parts.quantiser.scheme()))
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
     found = [one for one in found if expects_scheme or one.what != "quantisation"]
-    if not found:
-        return
     listed = "".join(f"\n  {one}" for one in found)
-    if not job.allow_drift:
+    if found and not job.allow_drift:
         raise UserError(
             f"{folder}: does not belong to the base at hand:{listed}\nallow_drift=true goes on all the same, and "
             "records it"
         )
-    say(f"warning: allow_drift=true: {folder} does not belong to the base at hand:{listed}")
+    if found:
+        say(f"warning: allow_drift=true: {folder} does not belong to the base at hand:{listed}")
+    return [str(one) for one in found]
 
 
 def attach(job: Job, parts: Sketch) -> None:
@@ -257,7 +260,8 @@ def work(
     """
     options, parallel = job.optim.typed(), parallel or Alone()
     groups, gathered = gather(optimiser_buckets(job, parts, parallel))
-    optimiser = job.optim.load().build(groups, options, kind or device.type)
+    home = "cpu" if parallel.offloads and not parts.tuner.switchable else kind or device.type
+    optimiser = job.optim.load().build(groups, options, home)
     return Work(
         model=parts.model,
         loss=loss or TokenLoss(parts.model, job.kernels, job.loss_chunk),
@@ -299,7 +303,9 @@ def shared(job: Job, parts: Sketch, ranks: Ranks, strategy: str, kind: str, mesh
         return Replicated(parts.model, ranks)
     # under method=full the weights themselves train: they are sharded with the rest
     whole = [p for p in parts.model.parameters() if p.requires_grad] if parts.tuner.switchable else []
-    return Sharded(parts.model, decoder(parts), whole, mesh or mesh_of(ranks), job.offload, ahead=kind == "cuda")
+    mesh = mesh or mesh_of(ranks)
+    offload = job.offload and kind == "cuda"
+    return Sharded(parts.model, decoder(parts), whole, mesh, ranks, offload, ahead=kind == "cuda")
 
 
 def optimiser_buckets(job: Job, parts: Sketch, parallel: Alone | None = None) -> list[dict[str, Any]]:
@@ -314,6 +320,17 @@ def optimiser_buckets(job: Job, parts: Sketch, parallel: Alone | None = None) ->
         return [{**group, "params": [[parallel.held(p)] for p in group["params"]]} for group in groups]
     layers: dict[torch.Tensor, Hashable] = {p: n for n, each in enumerate(decoder(parts)) for p in each.parameters()}
     return buckets(groups, layers.get, options.gathers_below)
+
+
+def layouts(job: Job, parts: Sketch) -> tuple[Layout, Layout]:
+    """How optimisers hold what trains: one process's, and one of the very parameters, where nothing is gathered."""
+    every = [p for found in parts.tuner.groups(parts.model).values() for p in found]
+    numbers, apart = {p: n for n, p in enumerate(every)}, Alone()
+    apart.gathers = False
+    return (
+        Layout.of(optimiser_buckets(job, parts), numbers),
+        Layout.of(optimiser_buckets(job, parts, apart), numbers),
+    )
 
 
 def _groups(job: Job, parts: Sketch, options: Any) -> list[dict[str, Any]]:
@@ -354,6 +371,12 @@ def torch_device(device: Device) -> torch.device:
     from accelerate import PartialState
 
     return PartialState(cpu=device.type == "cpu").device
+
+
+def filled_on(device: torch.device, strategy: str) -> torch.device:
+    """Where the weights are read to. What is sharded goes from the host to the device layer by layer, each rank's part
+    alone staying there: whole it may not fit."""
+    return torch.device("cpu") if strategy == "fsdp" else device
 
 
 def saved_config(parts: Sketch) -> Any:

@@ -22,11 +22,13 @@ def beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}")
 
 
-def replace_text(path: Path, text: str) -> None:
-    """`text` as the file `path`, whole or not at all. Raises OSError."""
+def replace_text(path: Path, text: str, private: bool = False) -> None:
+    """`text` as the file `path`, whole or not at all. private: its user alone can read it. Raises OSError."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with aside(path) as part:
-        part.write_text(text, encoding="utf-8")
+        handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if private else 0o666)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
 
 
 def sweep(cache: Path) -> None:

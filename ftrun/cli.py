@@ -83,7 +83,18 @@ def _dispatch(given: list[str]) -> int:
         return hydra_flags.hand_over(flags, verb_options(verb or "train", overrides)[1])
     if "--multirun" in flags.alone:
         return _study(verb or "train", overrides, flags.config_dirs)
+    if verb in (None, "train") and any(word.startswith("launcher=") for word in overrides):
+        return _launched(overrides, flags.config_dirs)
     return run_verb(verb or "train", overrides, flags.config_dirs)
+
+
+def _launched(overrides: Sequence[str], config_dirs: Sequence[Path]) -> int:
+    """launcher=… without -m: a study of one job."""
+    from ftrun.compose import compose_alone
+    from ftrun.studies import run
+
+    compose_alone([word for word in overrides if not word.startswith(("launcher=", "launcher."))], config_dirs).check()
+    return run.run(overrides, config_dirs)
 
 
 def _study(verb: str, overrides: Sequence[str], config_dirs: Sequence[Path]) -> int:

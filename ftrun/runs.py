@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import hashlib
 import json
 import math
 import os
@@ -86,7 +87,7 @@ class Run:
     def record(self, job: Mapping[str, Any], notes: Sequence[str] = ()) -> None:
         """The job that the folder now holds, under lines of notes; the result of an earlier end is no longer one."""
         (self.path / "result.json").unlink(missing_ok=True)
-        _write_yaml(self.path / "job.yaml", job, notes)
+        write_job(self.path, self.path, job, notes)
 
 
 def cache_dir() -> Path:
@@ -175,6 +176,12 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         beside.write_text(text + "\n", encoding="utf-8")
 
 
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def finite(value: Any) -> Any:
     """The value with null for what JSON has no number for: infinity and NaN."""
     if isinstance(value, dict):
@@ -185,13 +192,16 @@ def finite(value: Any) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a file; None where there is no such file. Raises UserError where it is not JSON."""
+    """The object in a file; None where there is no such file. Raises UserError where it is not one of JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: damaged: expected a JSON object, found {type(found).__name__}")
+    return found
 
 
 def open_run(path: Path, job: Mapping[str, Any], resume: str) -> Run:
@@ -236,6 +246,14 @@ def check_run(path: Path, job: Mapping[str, Any], resume: str) -> dict[str, Any]
             raise UserError(f"out={path}: {nearest} {why}; name another out")
     lock.check_free(path)
     return there
+
+
+def check_place(path: Path, key: str = "out") -> None:
+    """UserError, naming the key, where nothing can be made at `path`: a look ahead of long work. Touches nothing."""
+    above = next(p for p in path.absolute().parents if os.path.exists(p))
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        why = "cannot be written" if above.is_dir() else "is a file"
+        raise UserError(f"{key}={path}: {above} {why}; name another {key}")
 
 
 def job_file(path: Path) -> Path:
@@ -299,10 +317,11 @@ def _check_run(path: Path, job: Mapping[str, Any], resume: str) -> dict[str, Any
     return there
 
 
-def _write_yaml(path: Path, job: Mapping[str, Any], notes: Sequence[str]) -> None:
+def write_job(folder: Path, run: Path, job: Mapping[str, Any], notes: Sequence[str]) -> None:
+    """job.yaml into `folder`, under lines of notes. run: where the folder will lie."""
     text = yaml.safe_dump(dict(job), sort_keys=False, allow_unicode=True)
-    header = f"# ftrun job={path}    runs this job again; overrides may follow\n"
-    with aside(path) as beside:
+    header = f"# ftrun job={run / 'job.yaml'}    runs this job again; overrides may follow\n"
+    with aside(folder / "job.yaml") as beside:
         beside.write_text(header + "".join(f"# {note}\n" for note in notes) + text, encoding="utf-8")
 
 

@@ -1,8 +1,9 @@
 """python scripts/ranks.py [--steps 8]: jobs of several processes over gloo on this machine, planned and measured.
 
-Prints three tables: 12 two-process jobs with the fullest rank's peak, planned and measured; the bytes of the base that
-a rank holds over 1, 2 and 4 processes; tokens/s of two processes against one on as many cores. Ends with exit code 1
-where a plan is more than 3 % off. Some minutes.
+Prints two tables: 14 two-process jobs, each with the fullest rank's peak, planned and measured, and how far its losses
+and final weights are from those of one process; what a rank holds of the base over 1, 2 and 4 processes, with its peak
+planned and measured. Ends with exit code 1 where a plan is more than 3 % off or a result beyond its bound. Some
+minutes. What several processes cost in time: `python scripts/bench --cases ranks`.
 """
 
 from __future__ import annotations
@@ -13,99 +14,115 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 BOUND = 0.03
-CASES = [(m, s, r) for m in ("lora", "qlora", "full") for s in ("ddp", "fsdp") for r in (1, 4)]
+# of losses; of final weights, as a share of each tensor's norm (Adam divides by a gradient's size: where that is next
+# to nothing, its rounding shows)
+CLOSE = {"float32": (1e-5, 1e-3), "bfloat16": (1e-2, 5e-2)}
+METHODS, STRATEGIES = ("lora", "qlora", "full"), ("ddp", "fsdp")
+CASES = [(m, s, r, "float32") for m in METHODS for s in STRATEGIES for r in (1, 4)]
+CASES += [("lora", s, 4, "bfloat16") for s in STRATEGIES]
 SIZES = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
 
 
 def main() -> int:
-    """All three tables; 1 where a plan is off."""
+    """Both tables; 1 where something is off."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=8)
     steps = parser.parse_args().steps
     with tempfile.TemporaryDirectory() as made:
-        folder = Path(made)
-        base, rows = model(folder / "base"), texts(folder / "rows.jsonl")
-        errors = [matrix(folder, base, rows, steps, *case) for case in CASES]
-        halves(folder, base, rows)
-        speeds(folder, base, rows, steps)
-    print(f"\n{len(errors)} jobs: worst {max(map(abs, errors)):.2%}, median {statistics.median(map(abs, errors)):.2%}")
-    return int(max(map(abs, errors)) > BOUND)
+        table = Table(Path(made), steps)
+        found = [table.job(*case) for case in CASES]
+        found += table.halves()
+    errors = [abs(error) for error, _ in found]
+    print(f"\n{len(errors)} jobs: worst {max(errors):.2%}, median {statistics.median(errors):.2%}")
+    return int(max(errors) > BOUND or not all(same for _, same in found))
 
 
-def matrix(folder: Path, base: Path, rows: Path, steps: int, method: str, strategy: str, at_once: int) -> float:
-    """One job of two processes; returns how far off its plan is."""
-    out = folder / f"{method}-{strategy}-{at_once}"
-    found = result(
-        out, base, rows, f"method={method}", f"strategy={strategy}", f"micro_batch={at_once}", f"steps={steps}"
-    )
-    memory = found["memory"]
-    planned, measured = memory["planned_peak_bytes"], memory["measured_peak_bytes"]
-    print(
-        f"{method:6} {strategy:5} {at_once} rows at once: planned {planned / 1e6:8.2f} MB, measured "
-        f"{measured / 1e6:8.2f} MB ({memory['error']:+.2%})",
-        flush=True,
-    )
-    return float(memory["error"])
+@dataclass
+class Table:
+    """The jobs of one model and one file of rows. steps: of each."""
 
+    folder: Path
+    steps: int
 
-def halves(folder: Path, base: Path, rows: Path) -> None:
-    """What a rank holds of the base between steps."""
-    print("\nbytes of the base on each rank between steps (planned)")
-    for method in ("lora", "qlora"):
-        for devices in (1, 2, 4):
-            sharing = ["strategy=fsdp", f"devices={devices}"] if devices > 1 else []
-            plan = planned(base, rows, f"method={method}", "batch=8", "micro_batch=2", *sharing)
-            steady = plan["steady"]
-            size = steady["weights"] + steady["quant_constants"]
-            print(
-                f"{method:6} {devices} processes: {size / 1e6:8.2f} MB, peak {plan['peak_bytes'] / 1e6:8.2f} MB",
-                flush=True,
-            )
+    def __post_init__(self) -> None:
+        self.base, self.rows = model(self.folder / "base"), texts(self.folder / "rows.jsonl")
 
-
-def speeds(folder: Path, base: Path, rows: Path, steps: int) -> None:
-    """Two processes of one thread against one of two."""
-    print("\ntokens/s")
-    one = result(folder / "one", base, rows, "method=lora", f"steps={3 * steps}", "devices=1")["tokens_per_s"]
-    print(f"1 process: {one:,.0f}", flush=True)
-    for strategy in ("ddp", "fsdp"):
-        found = result(
-            folder / f"two-{strategy}", base, rows, "method=lora", f"strategy={strategy}", f"steps={3 * steps}"
+    def job(self, method: str, strategy: str, at_once: int, dtype: str) -> tuple[float, bool]:
+        """A job of two processes against one: (how far off its plan is, whether it came to the same)."""
+        job = (f"method={method}", f"micro_batch={at_once}", f"model.dtype={dtype}")
+        one = self.run(f"{method}-{at_once}-{dtype}", *job, "devices=1")
+        two = self.run(f"{method}-{strategy}-{at_once}-{dtype}", *job, "devices=2", f"strategy={strategy}")
+        error, said = told(two)
+        losses, weights = loss_apart(one, two), weights_apart(one, two)
+        print(
+            f"{method:6} {strategy:5} {at_once} rows at once, {dtype:8}: {said}; against one process losses within "
+            f"{losses:.0e}, weights {weights:.0e}",
+            flush=True,
         )
-        two = found["tokens_per_s"]
-        print(f"2 processes, {strategy}: {two:,.0f}, × {two / one:.2f}", flush=True)
+        return error, losses <= CLOSE[dtype][0] and weights <= CLOSE[dtype][1]
+
+    def halves(self) -> list[tuple[float, bool]]:
+        """What a rank holds of the base between steps, and its peak."""
+        print("\nthe base on each rank, fsdp")
+        found = []
+        for method in ("lora", "qlora"):
+            for devices in (1, 2, 4):
+                sharing = ("strategy=fsdp",) if devices > 1 else ()
+                job = (f"method={method}", "micro_batch=2", f"devices={devices}", *sharing)
+                out = self.run(f"half-{method}-{devices}", *job)
+                steady = json.loads((out / "plan.json").read_text(encoding="utf-8"))["steady"]
+                error, said = told(out)
+                size = (steady["weights"] + steady["quant_constants"]) / 1e6
+                print(f"{method:6} {devices} processes: {size:8.2f} MB of weights; {said}", flush=True)
+                found.append((error, True))
+        return found
+
+    def run(self, name: str, *more: str) -> Path:
+        """The folder of a run, made once."""
+        out = self.folder / name
+        if not out.exists():
+            common = [f"model.path={self.base}", "model.dtype=float32", "data=jsonl", f"data.path={self.rows}"]
+            common += ["data.held_out=0", "seq_len=256", "batch=8", "device=cpu", "eval=none", f"steps={self.steps}"]
+            names = {word.partition("=")[0] for word in more}
+            command = [*(word for word in common if word.partition("=")[0] not in names), *more, f"out={out}"]
+            done = subprocess.run([sys.executable, "-m", "ftrun", *command], capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(f"{' '.join(command)}\n{done.stdout[-1500:]}{done.stderr[-1500:]}")
+        return out
 
 
-def result(out: Path, base: Path, rows: Path, *more: str) -> dict[str, Any]:
-    """A run's result.json."""
-    devices = [] if any(m.startswith("devices=") for m in more) else ["devices=2"]
-    run([*common(base, rows), *devices, *more, f"out={out}"])
-    return dict(json.loads((out / "result.json").read_text(encoding="utf-8")))
+def told(out: Path) -> tuple[float, str]:
+    """(how far off a run's plan is, the same in words)."""
+    memory = json.loads((out / "result.json").read_text(encoding="utf-8"))["memory"]
+    planned, measured = memory["planned_peak_bytes"], memory["measured_peak_bytes"]
+    error = float(memory["error"])
+    return error, f"planned {planned / 1e6:8.2f} MB, measured {measured / 1e6:8.2f} MB ({error:+.2%})"
 
 
-def planned(base: Path, rows: Path, *more: str) -> dict[str, Any]:
-    """ftrun plan's answer."""
-    made = run(["plan", *common(base, rows), *more, "format=json"])
-    return dict(json.loads(made))
+def loss_apart(one: Path, two: Path) -> float:
+    """The largest difference of a step's losses, as a share."""
+    first, second = ([m["loss"] for m in metrics(out)] for out in (one, two))
+    return max(abs(a - b) / a for a, b in zip(first, second, strict=True))
 
 
-def run(arguments: Sequence[str]) -> str:
-    """ftrun's standard output; raises where it fails."""
-    done = subprocess.run([sys.executable, "-m", "ftrun", *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(arguments)}\n{done.stdout[-1500:]}{done.stderr[-1500:]}")
-    return done.stdout
+def weights_apart(one: Path, two: Path) -> float:
+    """The largest difference of a tensor, as a share of its norm."""
+    from safetensors.torch import load_file
+
+    (first,) = one.glob("*/*model.safetensors")
+    own, other = load_file(first), load_file(two / first.relative_to(one))
+    assert own.keys() == other.keys()
+    return max(float((own[n].double() - other[n].double()).norm() / own[n].double().norm()) for n in own)
 
 
-def common(base: Path, rows: Path) -> list[str]:
-    """What all jobs share."""
-    first = [f"model.path={base}", "model.dtype=float32", "data=jsonl", f"data.path={rows}", "data.held_out=0"]
-    return [*first, "seq_len=256", "batch=8", "device=cpu", "eval=none"]
+def metrics(out: Path) -> list[dict[str, Any]]:
+    """A run's steps."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def texts(path: Path) -> Path:

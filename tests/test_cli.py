@@ -61,6 +61,7 @@ def mistake(*arguments: str, cwd: Path | None = None) -> str:
         (["devices=2", "nnodes=3"], "multiple of nnodes=3"),
         (["strategy=ddp"], "no effect with devices=1"),
         (["method=full", "quant=nf4"], "quantised weights cannot be trained"),
+        (["method=full", "optim=adafactor", "devices=2", "strategy=fsdp"], "the update depends on the whole"),
         (["layers=40-50"], "the model has 30 layers"),
         (["checkpointing=40"], "the model has 30 layers"),
         (["job="], "expected the path of a job.yaml"),

@@ -97,6 +97,12 @@ def test_the_record_is_made_late_and_ends_an_earlier_result(tmp_path: Path) -> N
     run.release()
 
 
+def test_json_that_is_no_object(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("[1]")
+    with pytest.raises(UserError, match=r"x\.json: damaged: expected a JSON object, found list"):
+        read_json(tmp_path / "x.json")
+
+
 def test_a_killed_start_is_no_stranger(tmp_path: Path) -> None:
     (tmp_path / ".lock").touch()
     (tmp_path / ".job.yaml.12.tmp").touch()

@@ -21,7 +21,7 @@ class Options:
     limit: int | None = option(None, "documents of each task at most; null: all of them", ge=1)
     shots: int | None = option(None, "examples in front of each document; null: each task's own", ge=0)
     batch: int = option(8, "documents at once", ge=1)
-    include_path: str | None = option(None, "folder with task files of your own")
+    include_path: str | None = option(None, "folder with task files of your own; they may run Python of that folder")
 
     def check(self) -> None:
         """UserError where the harness is not installed, or the folder is not there."""

@@ -66,16 +66,21 @@ def _logsumexp(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Sizes:
 
 def _attention(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Sizes:
     """cpu_flash_attention (aten/src/ATen/native/cpu/FlashAttentionKernel.cpp): a tile of scores, its row statistics
-    and outputs a thread; 16-bit floats also the tile rounded and, on AVX-512 from 64 keys on, keys and values packed
-    for oneDNN (packb_size)."""
+    and outputs a thread; 16-bit floats also the tile rounded and, on AMX tiles from 64 keys on, keys and values packed
+    for oneDNN (could_pack, packb_size)."""
     query, key = args[0], args[1]
     width, threads = query.shape[-1], torch.get_num_threads()
     rows, columns = _tile(query.shape[-2], key.shape[-2])
     yield threads * (rows * columns + 2 * rows + rows * width) * 4
     if query.dtype.itemsize == 2:
         yield threads * rows * columns * 2
-        if key.shape[-2] >= 64 and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        if key.shape[-2] >= 64 and _packs(query.dtype):
             yield from (key.numel() * 2, key.numel() * 2, threads * columns * width * 2)
+
+
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether products of a 16-bit dtype run on the processor's tiles, which want their right factor packed."""
+    return torch.cpu._is_amx_fp16_supported() if dtype == torch.float16 else torch.cpu._is_amx_tile_supported()
 
 
 def _attention_backward(args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> Sizes:

@@ -23,6 +23,7 @@ from ftrun.memory.pool import Block, CachingAllocator
 Transient = Callable[[Any, Any, Any, Any], Iterable[int]]
 FORWARD, BACKWARD = "forward", "backward"  # of a decoder layer
 ROUNDING = "rounding"  # what an allocator adds to fill its blocks
+HOST = "host"  # of what lies in the host's memory, for a device that is not the host: in no total
 ROLES = (
     "weights",
     "quant_constants",
@@ -62,14 +63,15 @@ class Moment:
 
     total: int = 0
     by_role: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ROLES, 0))
+    host: int = 0  # bytes in the host's memory, which do not count in the total
 
     def copy(self) -> Moment:
-        return Moment(self.total, dict(self.by_role))
+        return Moment(self.total, dict(self.by_role), self.host)
 
     def plus(self, other: Moment, times: int = 1) -> Moment:
         """This, and `times` the other."""
         by_role = {role: size + times * other.by_role[role] for role, size in self.by_role.items()}
-        return Moment(self.total + times * other.total, by_role)
+        return Moment(self.total + times * other.total, by_role, self.host + times * other.host)
 
     def less(self, other: Moment) -> Moment:
         """What this has more than the other."""
@@ -122,6 +124,7 @@ class Tracker(TorchDispatchMode):
         self.tick = 0
         self.part = 0  # the micro-batch at hand
         self.default_role = "activations"  # of what an operation makes, until somebody marks it
+        self._apart = False  # whether anything lies on the host
         self.begin(Instant("start"))
 
     @property
@@ -150,13 +153,15 @@ class Tracker(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if reused is not None:
             self._hand_over(reused)
+        on_host = self._apart and any(isinstance(a, torch.Tensor) and self._is_apart(a) for a in tree_leaves(args))
+        role = HOST if on_host else self.default_role
         if isinstance(out, torch.Tensor):  # by far the most
-            self._follow(out, self.default_role)
+            self._follow(out, role)
         else:
             for leaf in tree_leaves(out):
                 if isinstance(leaf, torch.Tensor):
-                    self._follow(leaf, self.default_role)
-        if self.transient is not None:
+                    self._follow(leaf, role)
+        if self.transient is not None and not on_host:
             self._pass(self.transient(func, args, kwargs or {}, out))
         if self.counts and self.segments:
             self.segments[-1].cost = self.segments[-1].cost.plus(cost_of(func, args, out))
@@ -184,7 +189,7 @@ class Tracker(TorchDispatchMode):
         for tensor in tensors:
             key = self._follow(tensor, role)
             held = self.live[key]
-            if held.role == role:
+            if held.role in (role, HOST):
                 continue
             self.live[key] = held._replace(role=role)
             moments = [self.now]
@@ -193,6 +198,28 @@ class Tracker(TorchDispatchMode):
             for moment in moments:
                 moment.by_role[held.role] -= held.size
                 moment.by_role[role] += held.size
+
+    def to_host(self, tensors: Iterable[torch.Tensor]) -> None:
+        """These tensors' storages lie in the host's memory, and so does what is made of them."""
+        self._apart = True
+        for tensor in tensors:
+            key = self._follow(tensor, HOST)
+            held = self.live[key]
+            _add(self.now, held.role, -held.size, -held.filling)
+            self._release(held.block)
+            self.live[key] = Held(HOST, held.size, 0, held.born)
+            _add(self.now, HOST, held.size, 0)
+
+    def from_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy on the device."""
+        before, self._apart = self._apart, False
+        made = tensor.clone()
+        self._apart = before
+        return made
+
+    def _is_apart(self, tensor: torch.Tensor) -> bool:
+        held = self.live.get(own(tensor).untyped_storage()._cdata)
+        return held is not None and held.role == HOST
 
     def resized(self, key: int, size: int) -> None:
         """A storage has got another size in place."""
@@ -218,7 +245,7 @@ class Tracker(TorchDispatchMode):
         if key in self.live:
             return key
         size = storage.nbytes()
-        filling, block = self._request(size)
+        filling, block = self._request(size) if role != HOST else (0, None)
         self.tick += 1
         self.live[key] = Held(role, size, filling, self.tick, block)
         weakref.finalize(storage, self._drop, key)
@@ -272,6 +299,9 @@ def own(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _add(moment: Moment, role: str, size: int, rounding: int) -> None:
+    if role == HOST:
+        moment.host += size
+        return
     moment.total += size + rounding
     moment.by_role[role] += size
     moment.by_role[ROUNDING] += rounding

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ftrun.errors import UserError
+from ftrun.runs import digest
 
 _KINDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8", torch.int8: "I8"}
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -41,6 +42,11 @@ def file_size(tensors: Mapping[str, torch.Tensor]) -> int:
         header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
     size = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
     return 8 + size + -size % 8 + end
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each safetensors file that lies in the folder, by its name."""
+    return {path.name: digest(path) for path in sorted(folder.glob("*.safetensors"))}
 
 
 def load_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -73,7 +79,9 @@ def _config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path.parent}: holds no {path.name}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON: {error}") from error
     if not isinstance(config, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(config).__name__}")
@@ -86,3 +94,5 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise UserError(f"{path}: not a safetensors file, or cut short: {error}") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error

@@ -39,6 +39,11 @@ def check_job(job: Any) -> None:
             f"method=full with quant={job.quant.choice}: quantised weights cannot be trained themselves; use "
             "quant=none, or method=qlora over the quantised base"
         )
+    if job.devices > 1 and job.strategy == "fsdp" and job.optim.options.by_tensor:
+        raise UserError(
+            f"method=full with optim={job.optim.choice}: found strategy=fsdp, where a device holds a part of each "
+            "weight, and the update depends on the whole; use strategy=ddp, or another optim"
+        )
 
 
 class Tuner(base.Tuner[Options]):

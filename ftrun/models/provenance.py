@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,12 @@ def record(base: Base, scheme: str, fresh: bool = False) -> dict[str, Any]:
         "template": template_hash(base.tokenizer()),
         "tensors": {name: one for each in found.values() for name, one in each.tensors.items()},
     }
+
+
+def versions() -> dict[str, str]:
+    """Of the packages at work, by their names."""
+    packages = ("ftrun", "torch", "transformers", "bitsandbytes", "safetensors")
+    return {name: importlib.metadata.version(name) for name in packages}
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

@@ -7,7 +7,7 @@ for LoRA's B at the start.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -22,6 +22,8 @@ class Options(OptimOptions):
     decay: float = option(0.8, "the second moment's memory: 1 - step^-decay", gt=0, lt=1)
     momentum: float | None = option(None, "decay of a first moment (4 bytes a weight more); null = none", ge=0, lt=1)
     scale_by_weights: bool = option(False, "the rate times the weights' root mean square, as in the paper")
+
+    by_tensor: ClassVar[bool] = True
 
 
 def build(groups: list[dict[str, Any]], options: Options, device: str) -> torch.optim.Optimizer:

@@ -51,7 +51,7 @@ class Flat:
         found, start = [], 0
         for piece in self.pieces:
             found.append(whole[start : start + piece.numel()].view(piece.shape))
-            start += _filled(piece)
+            start += filled(piece)
         return found
 
 
@@ -115,8 +115,9 @@ def gather(groups: Iterable[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], G
 
 def size_of(bucket: Sequence[torch.Tensor]) -> int:
     """Elements of the parameter that the optimiser knows a bucket by."""
-    return sum(map(_filled, bucket)) if len(bucket) > 1 else bucket[0].numel()
+    return sum(map(filled, bucket)) if len(bucket) > 1 else bucket[0].numel()
 
 
-def _filled(piece: torch.Tensor) -> int:
+def filled(piece: torch.Tensor) -> int:
+    """Elements that a parameter takes in a bucket of several."""
     return -(-piece.numel() // BLOCK) * BLOCK

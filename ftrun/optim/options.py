@@ -22,6 +22,7 @@ class OptimOptions:
     lora_plus: float = option(1.0, "LoRA+: the rate of B over that of A; 1 = the same", gt=0)
 
     gathers_below: ClassVar[int] = 0  # elements: smaller parameters of a layer are gathered into one (optim/gather.py)
+    by_tensor: ClassVar[bool] = False  # a weight's update depends on all of its tensor: no part will do
     by_gradient: ClassVar[bool] = False  # steps in proportion to the gradient; else by the rate, whatever its size
 
     def __post_init__(self) -> None:

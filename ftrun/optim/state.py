@@ -5,7 +5,7 @@ Hyper-parameters stay out: they belong to the job, which makes the optimiser ane
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,8 +65,23 @@ def restore(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor
                 optimizer.state[parameter][key] = shared.setdefault(place, _placed(optimizer, parameter, key, tensor))
 
 
+def of_all(each: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Several ranks' tensors as one mapping: the first one's by their names, the others' by "NAME@RANK"."""
+    return {f"{n}@{rank}" if rank else n: t for rank, tensors in enumerate(each) for n, t in tensors.items()}
+
+
+def of_rank(tensors: Mapping[str, torch.Tensor], rank: int) -> dict[str, torch.Tensor]:
+    """One rank's tensors of what `of_all` gave."""
+    named = {name: name.partition("@") for name in tensors}
+    return {name: tensors[full] for full, (name, _, own) in named.items() if (own or "0") == str(rank)}
+
+
 def check(tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
-    """Raises ValueError where these are not, all of them, what `flatten` gave."""
+    """Raises ValueError where these are not, all of them, what `flatten` gave, on one rank or on each of several."""
+    for rank, own in enumerate(meta.get("ranks", ())):
+        if not isinstance(own, dict) or "ranks" in own:
+            raise ValueError(f"the optimiser's state of rank {rank} is none")
+        check(of_rank(tensors, rank), own)
     if not all(isinstance(meta.get(key), kind) for key, kind in _META.items()):
         raise ValueError(f"the optimiser's state has not all of {', '.join(_META)}")
     for index, entry in meta["state"].items():

@@ -63,6 +63,9 @@ class Plan:
     # a checkpoint's copy on the host while it is written; on a CPU made only where it fits beside the peak, and in no
     # other figure
     checkpoint_copy_bytes: int = 0
+    host_bytes: int = (
+        0  # of weights that wait in the host's memory (offload), gradients and state of them; not in the peak
+    )
 
     @property
     def needed_bytes(self) -> int:
@@ -118,6 +121,7 @@ def plan(
         on_top={"CUDA's context": device.context_bytes} if device.type == "cuda" else {},
         device={**dataclasses.asdict(device), "usable_bytes": device.usable_bytes},
         fits=peak.peak.total - lived.paged <= device.usable_bytes,
+        host_bytes=lived.host,
         checkpoint_copy_bytes=twin.file_bytes + lived.steady.by_role["optimizer"],
     )
 

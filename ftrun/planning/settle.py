@@ -62,8 +62,8 @@ def settle_sharing(job: Job, attempt: Callable[[str], tuple[Twin, Settled]]) -> 
     for strategy in strategies:
         twin, settled = attempt(strategy if job.devices > 1 else "ddp")
         settled = dataclasses.replace(settled, strategy=twin.strategy or "ddp")
-        if settled.plan.fits:
-            break
+        if settled.plan.fits or (job.optim.options.by_tensor and not twin.parts.tuner.switchable):
+            break  # what fits, or weights that train and that the optimiser needs whole
     return twin, settled
 
 
@@ -142,12 +142,15 @@ def layer_counts(job: Job, graphs: int) -> list[int]:
 
 def notes(job: Job, twin: Twin) -> list[str]:
     """What the job asks for and cannot have, a warning line each."""
-    asked = job.checkpointing
+    asked, said = job.checkpointing, []
+    if job.offload and twin.device.type == "cpu":
+        said.append("warning: offload=true: the device is the host itself: nothing is moved")
     if not isinstance(asked, int) or asked <= twin.graphs:
-        return []
+        return said
     return [
+        *said,
         f"warning: checkpointing={asked}: only the {twin.graphs} layers from the lowest trained one on keep anything "
-        f"for the backward pass; {twin.graphs} are recomputed"
+        f"for the backward pass; {twin.graphs} are recomputed",
     ]
 
 

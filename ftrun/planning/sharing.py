@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
 from ftrun.memory.track import Tracker
 from ftrun.train.parallel import Alone, mesh_of
@@ -69,6 +70,31 @@ def pretended(world: int) -> Iterator[tuple[Ranks, Any]]:
         yield ranks, mesh_of(ranks)
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def offloading(tracker: Tracker) -> Iterator[None]:
+    """Within the block shards that wait on the host are copied to the device before they are gathered, and gradients of
+    shards to the host: on fake tensors, all of which are the CPU's, FSDP2 would take them as they are."""
+    gathered, sharded = FSDPParam.all_gather_inputs, FSDPParam.to_sharded_dtensor
+
+    def inputs(parameter: Any) -> list[torch.Tensor]:
+        found = gathered.fget(parameter)  # type: ignore[attr-defined]
+        return [tracker.from_host(t) for t in found] if parameter.offload_to_cpu else found
+
+    def gradient(parameter: Any, tensor: torch.Tensor) -> torch.Tensor:
+        if parameter.offload_to_cpu:
+            tensor = tensor.clone()
+            tracker.to_host([tensor])
+        return sharded(parameter, tensor)
+
+    FSDPParam.all_gather_inputs = property(inputs)  # type: ignore[assignment, method-assign]
+    FSDPParam.to_sharded_dtensor = gradient  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        FSDPParam.all_gather_inputs = gathered  # type: ignore[method-assign]
+        FSDPParam.to_sharded_dtensor = sharded  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

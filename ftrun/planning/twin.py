@@ -59,6 +59,11 @@ class Lived:
         return Lived(raised, self.steady.plus(more), self.paged)
 
     @property
+    def host(self) -> int:
+        """Bytes in the host's memory at most, for a device that is not the host."""
+        return max(moment.host for segment in self.segments for moment in (segment.start, segment.peak))
+
+    @property
     def cost(self) -> Cost:
         """The work of the whole step, where it was counted."""
         return functools.reduce(Cost.plus, (segment.cost for segment in self.segments), Cost())
@@ -217,8 +222,10 @@ class Twin:
             work = assemble.work(
                 self.job, parts, torch.device("cpu"), total=2, loss=loss, kind=self.device.type, parallel=parallel
             )
-            with tracker, self._operators():
+            with tracker, self._operators(), sharing.offloading(tracker):
                 _mark(tracker, parts)
+                if parallel.offloads:
+                    tracker.to_host(p for p in parts.model.parameters() if hasattr(p, "to_local"))
                 self._workspaces(tracker)
                 if isinstance(parallel, sharing.Buckets):
                     parallel.begin()

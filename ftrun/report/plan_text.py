@@ -119,6 +119,8 @@ def _bar(at_peak: Mapping[str, int]) -> Text:
 def _on_top(plan: Mapping[str, Any]) -> Text:
     lines = [f"peak: {size(plan['peak_bytes'])}, in the {plan['peak_instant']}"]
     lines += [f"on top: {words} {size(count)}" for words, count in plan["on_top"].items() if count]
+    if plan["host_bytes"]:
+        lines.append(f"in the host's memory for each device: {size(plan['host_bytes'])} (offload)")
     if plan["paged_bytes"]:
         lines.append(f"of it {size(plan['paged_bytes'])} of optimiser state can leave the device (paged)")
     return Text("\n".join(lines))

@@ -40,8 +40,10 @@ def page(
     sentences: Sequence[str],
     objective: str = "loss",
     kind: str = "Study",
+    others: Sequence[str] = (),
 ) -> str:
-    """The page, to be written as UTF-8. sentences: paragraphs below the summary. kind: what it is of.
+    """The page, to be written as UTF-8. sentences: paragraphs below the summary. kind: what it is of. others: figures
+    that were aimed at beside the objective.
 
     Raises UserError where a study cannot be judged by the objective.
     """
@@ -59,7 +61,7 @@ def page(
         *_head(name, there, kind),
         *_summary(words, any(ranked(there, objective))),
         *_table(folded(there), objective),
-        *_plots(there, objective),
+        *_plots(there, objective, [key for key in (*others, *_COSTS) if key != objective]),
         *_each(there, objective),
         "</main></body></html>",
     ]
@@ -142,8 +144,8 @@ def _line(row: Row, index: int, settings: Sequence[Column], shown: Sequence[Colu
     return f'<tr class="{kind}">{number}{values}{status}{figures}</tr>'
 
 
-def _plots(rows: Sequence[Row], objective: str) -> Iterator[str]:
-    """The sections of plots; of a section without any not even its head."""
+def _plots(rows: Sequence[Row], objective: str, costs: Sequence[str]) -> Iterator[str]:
+    """The sections of plots; of a section without any not even its head. costs: what the objective is drawn against."""
     from ftrun.report.plots import ink, keys, memory, runs, trade
     from ftrun.report.plots.grid import heat
 
@@ -155,7 +157,7 @@ def _plots(rows: Sequence[Row], objective: str) -> Iterator[str]:
             "What the settings do, and what they cost": [
                 *(keys.against(rows, key, objective) for key in shown),
                 heat(means, objective),
-                *(trade.trade(means, key, objective) for key in _COSTS if key != objective),
+                *(trade.trade(means, key, objective) for key in dict.fromkeys(costs)),
             ],
             "Within the runs": [
                 memory.peaks(rows, objective),

@@ -51,12 +51,13 @@ def _counts(rows: Sequence[Row]) -> str:
 def _best(rows: Sequence[Row], row: Row, objective: str) -> str:
     base = f" (base {row.shown('loss_before')})" if objective == "loss" and row.shown("loss_before") else ""
     lead = "Best: " if len(rows) > 1 else ""
-    return f"{lead}{label(row, varied(rows))}, {FIGURES[objective].label} {row.shown(objective)}{base}{_needs(row)}."
+    needs = f"{base}{_needs(row, objective)}"
+    return f"{lead}{label(row, varied(rows))}, {FIGURES[objective].label} {row.shown(objective)}{needs}."
 
 
-def _needs(row: Row) -> str:
-    """What the run takes: parameters that train, memory."""
-    peak, trained = row.shown("peak_bytes"), row.shown("trainable_params")
+def _needs(row: Row, objective: str) -> str:
+    """What the run takes: parameters that train, memory; what it is judged by has been told."""
+    peak, trained = (row.shown(key) if key != objective else "" for key in ("peak_bytes", "trainable_params"))
     return (f", at {peak}" if peak else "") + (f", {trained} parameters trained" if trained else "")
 
 
@@ -66,7 +67,7 @@ def _smallest(rows: Sequence[Row], best: Row, objective: str) -> list[str]:
         return []
     if row.number == best.number:
         return [f"No smaller run comes within {NEAR:.0%} of it."]
-    words = f"{label(row, varied(rows))}, {FIGURES[objective].label} {row.shown(objective)}{_needs(row)}"
+    words = f"{label(row, varied(rows))}, {FIGURES[objective].label} {row.shown(objective)}{_needs(row, objective)}"
     return [f"The smallest within {NEAR:.0%} of it: {words}."]
 
 

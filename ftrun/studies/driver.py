@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ftrun.errors import UserError
+from ftrun.secrets import hidden
 from ftrun.studies.launching import Event, Launcher, Task
 from ftrun.studies.ledger import Ledger
 from ftrun.studies.pace import Pace
@@ -50,6 +51,7 @@ class Driver:
         self.pace = Pace()
         self._running: dict[str, Running] = {}  # by task
         self._done = {_place(e): e for e in ledger.of("end") if e["status"] in _FINAL and e.get("kind") != "probe"}
+        self._failed: dict[str, Mapping[str, Any]] = {}  # in this life of the study; in the next they are tried again
         self._seen = {_name(e["values"], e.get("until"), e.get("kind")) for e in ledger.of("trial")}
         self._numbers = {e["number"] for e in ledger.of("trial")}
         self._next = 1 + max((e["row"] for e in ledger.of("trial")), default=0)
@@ -85,11 +87,17 @@ class Driver:
     # --- at work ---
 
     def run(self) -> None:
-        """Until the search has nothing left to ask for. KeyboardInterrupt leaves jobs with checkpoints."""
+        """Until the search has nothing left to ask for. KeyboardInterrupt leaves jobs with checkpoints, and so does an
+        OSError: a record that cannot be written.
+        """
         with stop_requests(lambda text: None) as asked:  # in the midst of an event it would be lost
-            while not asked() and (self._fill() or self._running):
-                for event in self.launcher.wait(_WAIT):
-                    self._hear(event)
+            try:
+                while not asked() and (self._fill() or self._running):
+                    for event in self.launcher.wait(_WAIT):
+                        self._hear(event)
+            except OSError:  # of what happens now nothing would count
+                self._leave()
+                raise
             if asked():
                 self._leave()
                 raise KeyboardInterrupt
@@ -111,7 +119,8 @@ class Driver:
     def _take(self, trial: Trial) -> None:
         point = self.points.make(trial.values)
         self._log(trial, point)
-        known = self._done.get((point.key, trial.until)) or self._done.get((point.key, None))
+        done = self._done.get((point.key, trial.until)) or self._done.get((point.key, None))
+        known = done or self._failed.get(point.key)
         at_work = (r for r in self._running.values() if r.trial.kind == "train")
         same = next((r for r in at_work if r.point.key == point.key), None)
         if point.job is None:
@@ -176,7 +185,7 @@ class Driver:
         request = point.request(self.study.folder / "runs" / self._folder(point))
         if trial is not None:
             request |= {"until": trial.until, "rungs": sorted(self.search.rungs), "asks": trial.asks, **trial.request}
-        size = int(plan["needed_bytes"] + plan.get("process_bytes", 0)) if plan else 0
+        size = plan.get("ranks", 1) * int(plan["needed_bytes"] + plan.get("process_bytes", 0)) if plan else 0
         usable = ((plan or {}).get("device") or {}).get("usable_bytes") or 0
         share = min(1.0, size / usable) if usable else 1.0
         return Task(name, do, point.key, request, str((plan or {}).get("base", "")), size, share)
@@ -238,8 +247,11 @@ class Driver:
             figures=figures,
             probe=probe,
         )
-        if status in _FINAL and trial.kind == "train":
-            self._done[_place(found)] = found
+        if trial.kind == "train" and point.job is not None:
+            if status in _FINAL:
+                self._done[_place(found)] = found
+            else:
+                self._failed[point.key] = found
         self._tell(trial, point, Outcome(status, reason, figures, probe), None)
 
     def _tell(self, trial: Trial, point: Point, outcome: Outcome, known: Mapping[str, Any] | None) -> None:
@@ -296,7 +308,7 @@ class Driver:
 
     def _log(self, trial: Trial, point: Point) -> None:
         """The trial on record, once."""
-        name = _name(trial.values, trial.until, trial.kind)
+        name = _name(hidden(trial.values), trial.until, trial.kind)
         if trial.number in self._numbers if self.search.depends else name in self._seen:
             return
         self._seen.add(name)
@@ -327,7 +339,7 @@ class Driver:
                 trial = self.search.ask()
                 if trial is None:
                     continue  # fewer are asked for now: what was done stays on record
-                if dict(trial.values) != event["values"]:
+                if hidden(trial.values) != event["values"]:
                     raise UserError(
                         f"{self.ledger.path}: trial {number} was {event['values']}, and this search now draws "
                         f"{dict(trial.values)}: another version of its library, or a damaged line. Name another study"

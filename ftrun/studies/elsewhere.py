@@ -9,9 +9,10 @@ import time
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ftrun.errors import UserError
+from ftrun.secrets import hide
 from ftrun.studies.launching import Event, Launcher, Task
 from ftrun.studies.meeting import Meeting
 from ftrun.studies.planner import Planner
@@ -102,10 +103,10 @@ class Elsewhere(Launcher):
         """Hear what the tasks have told by now."""
         self._news += self.meeting.hear()
 
-    def place(self, task: Task, threads: int) -> Path:
-        """The task's file, written."""
+    def place(self, task: Task, threads: int, by_hand: bool = False) -> Path:
+        """The task's file, written. by_hand: see Meeting.place."""
         self.tasks[task.id] = task
-        return self.meeting.place(task, self.request(task, threads))
+        return self.meeting.place(task, self.request(task, threads), by_hand)
 
     def request(self, task: Task, threads: int) -> dict[str, Any]:
         """What a worker elsewhere reads: the run's folder by its whole path."""
@@ -151,6 +152,20 @@ class Elsewhere(Launcher):
         return events
 
 
+class Shape(NamedTuple):
+    """How a job is spread: over how many nodes, in how many processes on each."""
+
+    nodes: int
+    processes: int
+
+
+def shape(task: Task) -> Shape:
+    """The shape of a task's job."""
+    tree = task.request["tree"]
+    nodes = tree["nnodes"] or 1
+    return Shape(nodes, tree["devices"] // nodes)
+
+
 def cores() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -158,4 +173,4 @@ def cores() -> int:
 
 def say(text: str) -> None:
     """A line for the reader."""
-    print(text, file=sys.stderr, flush=True)
+    print(hide(text), file=sys.stderr, flush=True)

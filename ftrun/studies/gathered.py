@@ -104,6 +104,13 @@ def _address(file: Path, folder: Path) -> str:
     return f"{address}/" if file.is_dir() else address
 
 
+def objectives(study: Path) -> list[str]:
+    """The figures that a study is judged by, the first one's order its table's."""
+    search = _yaml(study / "study.yaml").get("search")
+    found = search.get("objectives") if isinstance(search, Mapping) else None
+    return [str(one) for one in found] if isinstance(found, list) and found else ["loss"]
+
+
 def _fixed(study: Path) -> list[str]:
     found = _yaml(study / "study.yaml")
     return [str(word) for word in found.get("fixed") or []]

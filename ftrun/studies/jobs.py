@@ -173,8 +173,8 @@ def _reason(job: Any) -> str | None:
         return f"the job ended without a word ({job.state}); {job.paths.stderr}"
     try:
         status, found = pickle.loads(path.read_bytes())
-    except (OSError, EOFError, pickle.UnpicklingError) as error:
-        return f"{path}: not readable: {error}"
+    except Exception as error:  # what unpickling may raise has no bounds
+        return f"{path}: not readable: {type(error).__name__}: {error}"
     if status == "success":
         return None
     last = (str(found).strip().splitlines() or ["no reason is told"])[-1]

@@ -34,7 +34,7 @@ class Task:
 class Event:
     """What a task has to tell. kind: planned, began, rung (an evaluation that waits for a verdict) or ended.
 
-    An ended task's values hold its `status` and `reason`; `lost` is set where its process died before it could tell.
+    An ended task's values hold its `status` and `reason`.
     """
 
     id: str

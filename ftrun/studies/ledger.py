@@ -1,13 +1,14 @@
 """What happened in a study, one JSON object a line, on disk before it counts: what a killed study goes on from.
 
 {"event": "trial", "number": 3, "key": "9f…", "values": {"rank": "8"}, "folder": "rank8-9f…", "until": null}
-{"event": "plan", "key": …, "fits": true, "needed_bytes": …}       {"event": "begin", "number": 3}
+{"event": "begin", "number": 3, "key": "9f…"}
 {"event": "rung", "number": 3, "step": 20, "loss": 2.9, "go": true}    where a search may stop a trial on the way
 {"event": "end", "number": 3, "key": …, "status": "finished", "reason": null, "figures": {…}}
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -17,6 +18,7 @@ from typing import Any
 
 from ftrun.errors import UserError
 from ftrun.runs import finite
+from ftrun.secrets import hidden
 
 
 class Ledger:
@@ -35,8 +37,8 @@ class Ledger:
             raise UserError(f"{path}: the study's ledger cannot be used: {error.strerror}") from error
 
     def add(self, event: str, **fields: Any) -> dict[str, Any]:
-        """One more event, on disk when this returns. Raises OSError."""
-        row = finite({"event": event, **fields, "at": round(time.time(), 3)})
+        """One more event, its secrets hidden, on disk when this returns. Raises OSError."""
+        row = finite(hidden({"event": event, **fields, "at": round(time.time(), 3)}))
         self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False, default=str).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -44,8 +46,9 @@ class Ledger:
         return row
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; what a full disk did not take has been told of."""
+        with contextlib.suppress(OSError):
+            self._file.close()
 
     def of(self, event: str) -> list[dict[str, Any]]:
         """The events of one kind, in order."""

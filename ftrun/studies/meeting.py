@@ -57,12 +57,15 @@ class Meeting:
             path = self.folder / f"{name}-again{count}.json"
         return path
 
-    def place(self, task: Task, request: Mapping[str, Any]) -> Path:
-        """Write a task's file, nothing left of an earlier one; returns it. Its events are heard from now on."""
+    def place(self, task: Task, request: Mapping[str, Any], by_hand: bool = False) -> Path:
+        """Write a task's file, nothing left of an earlier one; returns it. Its events are heard from now on.
+
+        by_hand: its user may have begun with the same task, whose events then stay.
+        """
         path = self.file(task)
-        for suffix in _BESIDE:
+        for suffix in (".stop",) if by_hand and self._is_there(path, request) else _BESIDE:
             path.with_suffix(suffix).unlink(missing_ok=True)
-        replace_text(path, json.dumps(request, default=str))
+        replace_text(path, json.dumps(request, default=str), private=True)  # what secrets the job holds are in it
         # there from the start: a name that a network's file system has once missed is missed for a while
         path.with_suffix(".verdict").touch()
         self._watched[task.id] = Watched(task.id, path, Path(request["tree"]["out"]).name)
@@ -71,8 +74,7 @@ class Meeting:
     def adopt(self, task: Task, request: Mapping[str, Any]) -> Path | None:
         """The file of the same task from an earlier life of the study, heard from its first event on; None if none."""
         path = self.file(task)
-        there = read_json(path)
-        if there is None or _same(there) != _same(json.loads(json.dumps(request, default=str))):
+        if not self._is_there(path, request):
             return None
         path.with_suffix(".stop").unlink(missing_ok=True)
         one = self._watched[task.id] = Watched(task.id, path, Path(request["tree"]["out"]).name)
@@ -108,7 +110,7 @@ class Meeting:
         events = [] if one is None else self._news(one)
         if one is not None and id in self._watched:
             status, reason = "stopped" if one.stopped else "failed", f"{reason}{_often(one.attempt)}"
-            events.append(Event(id, "ended", {"status": status, "reason": reason, "lost": True}))
+            events.append(Event(id, "ended", {"status": status, "reason": reason}))
             self.forget(id)
         return events
 
@@ -130,6 +132,11 @@ class Meeting:
 
     def __len__(self) -> int:
         return len(self._watched)
+
+    def _is_there(self, path: Path, request: Mapping[str, Any]) -> bool:
+        """Whether a file asks for the same."""
+        there = read_json(path)
+        return there is not None and _same(there) == _same(json.loads(json.dumps(request, default=str)))
 
     def _news(self, one: Watched) -> list[Event]:
         lines, one.read = read_lines(one.path.with_suffix(".events.jsonl"), one.read)

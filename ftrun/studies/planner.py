@@ -64,4 +64,4 @@ class Planner:
         reason, task = self._worker.epitaph(), self._task
         self._worker = self._task = None
         self._next()
-        return [] if task is None else [Event(task.id, "ended", {"status": "failed", "reason": reason, "lost": True})]
+        return [] if task is None else [Event(task.id, "ended", {"status": "failed", "reason": reason})]

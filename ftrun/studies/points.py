@@ -39,10 +39,10 @@ class Point:
 
 
 class Points:
-    """Points of one study, each composed once. extra: overrides that the search itself adds to every job."""
+    """Points of one study, each composed once."""
 
-    def __init__(self, study: Study, extra: tuple[str, ...] = ()) -> None:
-        self.study, self.extra = study, extra
+    def __init__(self, study: Study) -> None:
+        self.study = study
         self._signs = {axis.key: axis.sign for axis in study.axes}
         self._made: dict[tuple[tuple[str, str], ...], Point] = {}
 
@@ -56,7 +56,7 @@ class Points:
     def line(self, values: Mapping[str, str]) -> list[str]:
         """The point as a command line."""
         swept = [f"{self._signs.get(key, '')}{key}={value}" for key, value in values.items()]
-        return [*self.study.fixed, *self.extra, *swept]
+        return [*self.study.fixed, *swept]
 
     def _compose(self, values: Mapping[str, str]) -> Point:
         try:

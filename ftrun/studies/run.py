@@ -13,6 +13,8 @@ from typing import Any
 from ftrun.errors import DoesNotFit, Interrupted, RunFailed, UserError
 from ftrun.lock import Lock
 from ftrun.runs import aside, tidy
+from ftrun.secrets import hidden, hide
+from ftrun.studies import found
 from ftrun.studies.driver import Driver
 from ftrun.studies.gathered import linked
 from ftrun.studies.launching import Launcher
@@ -32,6 +34,16 @@ def run(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> int:
     study = read_study(overrides, config_dirs)
     search = _search(study)
     _check(study, search)
+    try:
+        return _carry_out(study, search)
+    except BrokenPipeError:  # a reader that has left
+        raise
+    except OSError as error:
+        place, why = error.filename or study.folder, error.strerror or error
+        raise RunFailed(f"{place}: {why}. The same command goes on with the study") from error
+
+
+def _carry_out(study: Study, search: Search) -> int:
     with _at_work(study, search, _say) as driver:
         driver.plan()
         for line in _outlook(driver):
@@ -57,7 +69,7 @@ def plan(overrides: Sequence[str], config_dirs: Sequence[Path] = (), format: str
         # its device is what the launcher's first plan finds here
         launcher = study.launcher.load().Launcher(study.launcher.typed(), Path(nowhere))
         ledger = Ledger(Path(nowhere) / "ledger.jsonl")
-        driver = Driver(study, search, launcher, ledger, lambda text: print(text, file=sys.stderr))
+        driver = Driver(study, search, launcher, ledger, lambda text: print(hide(text), file=sys.stderr))
         try:
             driver.plan(whole=False)
         finally:
@@ -138,8 +150,8 @@ def _outlook(driver: Driver) -> Iterator[str]:
     jobs = {p.key: p for p in points if p.job is not None}
     done = [key for key in jobs if driver.is_done(key)]
     left = {key: driver.plans[key] for key in jobs if key in driver.plans and key not in done}
-    unfit = {key for key, found in left.items() if not found.get("fits")}
-    words = [f"{len(points)} points" if points else "points as the search asks for them"]
+    unfit = {key for key, plan in left.items() if not plan.get("fits")}
+    words = [f"{len(points)} point{'s' if len(points) > 1 else ''}" if points else "points as the search asks for them"]
     words += ["more as the search asks for them"] if points and driver.search.more else []
     words += [f"{len(jobs)} different jobs"] if len(jobs) < len(points) - len(invalid) else []
     words += [f"{len(done)} done before"] if done else []
@@ -149,9 +161,9 @@ def _outlook(driver: Driver) -> Iterator[str]:
     for point in invalid[:_LISTED]:
         yield f"        {_typed(point)}: {point.trouble}"
     for key in list(unfit)[:_LISTED]:
-        found = left[key]
-        yield f"        {_typed(jobs[key])}: {found.get('why') or (found.get('trouble') or ('', ''))[1]}"
-    fits = [found for key, found in left.items() if key not in unfit]
+        plan = left[key]
+        yield f"        {_typed(jobs[key])}: {plan.get('why') or (plan.get('trouble') or ('', ''))[1]}"
+    fits = [plan for key, plan in left.items() if key not in unfit]
     if fits:
         peak, width = max(f["needed_bytes"] for f in fits), driver.launcher.width
         seconds = driver.total(fits)
@@ -165,31 +177,32 @@ def _outlook(driver: Driver) -> Iterator[str]:
 def _planned(driver: Driver, number: int, values: Mapping[str, str]) -> dict[str, Any]:
     """A point as `ftrun plan -m` shows it."""
     point = driver.points.make(values)
-    found = driver.plans.get(point.key, {})
-    trouble = point.trouble or (found.get("trouble") or (None, None))[1]
+    made = driver.plans.get(point.key, {})
+    trouble = point.trouble or (made.get("trouble") or (None, None))[1]
     names = ("needed_bytes", "peak_bytes", "trainable_params", "micro_batch", "recomputed", "steps", "tokens")
+    shown = {"values": values, "key": point.key, "why": trouble or made.get("why")}
     return {
         "number": number,
-        "values": dict(values),
-        "key": point.key,
-        "fits": bool(found.get("fits")) and trouble is None,
-        "why": trouble or found.get("why"),
-        **{name: found.get(name) for name in names},
-        "seconds": driver.pace.seconds(found),
+        **hidden(shown),
+        "fits": bool(made.get("fits")) and trouble is None,
+        **{name: made.get(name) for name in names},
+        "seconds": driver.pace.seconds(made),
     }
 
 
 def _report(driver: Driver) -> list[dict[str, Any]]:
-    """table.csv and report.html, from what is on record."""
+    """table.csv, report.html and what the search has found, from what is on record."""
     from ftrun.report.study_page import page
     from ftrun.report.study_table import write_csv
 
     folder = driver.study.folder
     rows = linked(rows_of(driver.ledger.events, folder), folder / "report.html", [folder])
-    sentences = driver.search.sentences(rows)
+    sentences, (objective, *others) = hidden(driver.search.sentences(rows)), driver.search.objectives
+    found.keep(folder, driver.ledger.events, sentences)
     write_csv(folder / "table.csv", rows)
     with aside(folder / "report.html") as beside:
-        beside.write_text(page(driver.study.name, rows, sentences), encoding="utf-8")
+        text = page(driver.study.name, rows, sentences, objective, others=others)
+        beside.write_text(text, encoding="utf-8")
     return rows
 
 
@@ -201,8 +214,9 @@ def _show(driver: Driver, rows: Sequence[Mapping[str, Any]]) -> int:
     from ftrun.report.study_table import render
 
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    render(rows, console)
-    for line in (*summary(rows), *driver.search.sentences(rows)):
+    objective = driver.search.objectives[0]
+    render(rows, console, objective)
+    for line in (*summary(rows, objective), *driver.search.sentences(rows)):
         _say(line)
     _say(f"{driver.study.folder / 'report.html'}, {driver.study.folder / 'table.csv'}")
     wanted = [row for row in rows if row["status"] != "same"]
@@ -221,6 +235,6 @@ def _typed(point: Point) -> str:
 def _say(text: str) -> None:
     """A line for the reader; one who has left does not end the study."""
     try:
-        print(text, flush=True)
+        print(hide(text), flush=True)
     except OSError:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (it stays open to the end)

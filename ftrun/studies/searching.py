@@ -87,6 +87,11 @@ class Search(ABC):
         return []
 
     @property
+    def objectives(self) -> tuple[str, ...]:
+        """The figures that the study is judged by; the first one's order is the table's."""
+        return tuple(getattr(self.options, "objectives", ("loss",)))
+
+    @property
     def at_once(self) -> int:
         """How many trials may be asked for before the first of them is told."""
         return 1 << 30

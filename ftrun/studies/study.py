@@ -19,6 +19,7 @@ from ftrun.errors import UserError, unknown
 from ftrun.groups import choices_of, find_choice, one_line, read_choice, study_of
 from ftrun.job import GROUPS, STUDY_KEYS, STUDY_ROOMS, Job, Part, find_variant, make_part
 from ftrun.runs import aside, differences, listed
+from ftrun.secrets import hidden, hide
 from ftrun.shell import Override, parse, plain, quote
 
 _USUAL = {"search": "grid", "launcher": "local"}
@@ -102,10 +103,12 @@ def read_study(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> St
 
 
 def record(study: Study) -> None:
-    """study.yaml in the study's folder. Raises UserError where another study lies there, with the difference."""
+    """study.yaml, without secrets, in the study's folder. Raises UserError where another study lies there, with the
+    difference.
+    """
     path = study.folder / "study.yaml"
     there = _read(path)
-    now = study.as_dict()
+    now = hidden(study.as_dict())
     if there is None and study.folder.is_dir() and any(p.name[0] != "." for p in study.folder.iterdir()):
         raise UserError(f"out={study.folder}: the folder is not empty and holds no study (no study.yaml); name another")
     if there is not None:
@@ -223,7 +226,7 @@ def label(values: Mapping[str, str]) -> str:
     """dora-rank8-lr0.001: what tells a point from the others, fit for a folder's name."""
     words = []
     for key, value in values.items():
-        text = str(plain(key, value)) if value[:1] in "'\"" else value
+        text = hide(str(plain(key, value)) if value[:1] in "'\"" else value)
         words.append(text if key in GROUPS else key.rpartition(".")[2] + text)
     return re.sub(r"[^\w.-]+", "_", "-".join(words))[:100].strip("_") or "one"
 

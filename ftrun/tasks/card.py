@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +17,7 @@ def facts_of(run: Path, place: str | None = None, whole: bool = False) -> Facts:
     """What a run's folder says of it. place: where its files are loaded from; whole: they are its merged model."""
     adapter = run / "adapter" / "adapter_config.json"
     trained_in_full = not adapter.is_file()
-    config = {} if trained_in_full or whole else json.loads(adapter.read_text(encoding="utf-8"))
+    config = {} if trained_in_full or whole else read_json(adapter) or {}
     job = yaml.safe_load(job_file(run).read_text(encoding="utf-8"))
     result = read_json(run / "result.json") or {}
     place = place or ("model" if trained_in_full else "adapter")
@@ -30,5 +29,5 @@ def write_card(run: Path, say: Callable[[str], None]) -> None:
     try:
         with aside(run / FILE) as beside:
             beside.write_text(card(facts_of(run)), encoding="utf-8")
-    except (OSError, ValueError, KeyError, TypeError) as error:  # a card is not worth a finished run
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # a card is not worth a finished run
         say(f"warning: {run / FILE}: cannot be written: {getattr(error, 'strerror', None) or error}")

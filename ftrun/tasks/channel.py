@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from ftrun.dialogue import add_line, attempts, read_lines, stop_asked
+from ftrun.secrets import hidden
 
 _PDEATHSIG = 1  # Linux's prctl: the signal that comes when the parent dies
 _LOOK = 0.1  # seconds between two looks at a file
@@ -127,7 +128,7 @@ class InFiles:
         yield request
 
     def send(self, reply: Mapping[str, Any]) -> None:
-        add_line(self._events, {**reply, "at": round(time.time(), 3)})
+        add_line(self._events, hidden({**reply, "at": round(time.time(), 3)}))
 
     def verdict(self, name: str) -> bool:
         """The answer to this attempt's next rung; True where none comes."""

@@ -118,6 +118,10 @@ class Checking:
 
         wrong = []
         files = (self.recorded or {}).get("files") or {}
+        if not isinstance(files, dict):
+            return [
+                Finding("files", "wrong", f"provenance.json: files: expected names and hashes, found {files!r:.80}")
+            ]
         for name, recorded in files.items():
             path = self.folder / name
             if not path.is_file():
@@ -129,7 +133,9 @@ class Checking:
                 wrong.append(str(error))
                 continue
             if whole != recorded:
-                wrong.append(f"{name}: sha256 {recorded[:16]} as training wrote it, {whole[:16]} now: it was changed")
+                wrong.append(
+                    f"{name}: sha256 {str(recorded)[:16]} as training wrote it, {whole[:16]} now: it was changed"
+                )
         if wrong:
             return [Finding("files", "wrong", "; ".join(wrong))]
         return [Finding("files", "same", ", ".join(files))] if files else [Finding("files", "note", "not on record")]
@@ -212,9 +218,18 @@ class Checking:
     def _versions(self) -> list[Finding]:
         """Other versions are no fault: they are worth knowing where results differ."""
         recorded = (self.recorded or {}).get("versions") or {}
-        now = {name: importlib.metadata.version(name) for name in recorded}
+        if not isinstance(recorded, dict):
+            return [Finding("versions", "wrong", f"provenance.json: expected packages, found {recorded!r:.80}")]
+        now = {name: _version(name) for name in recorded}
         changed = [f"{name} {old}, now {now[name]}" for name, old in recorded.items() if now[name] != old]
         return [Finding("versions", "note" if changed else "same", "; ".join(changed) or f"{len(now)} packages")]
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except (importlib.metadata.PackageNotFoundError, ValueError):  # ValueError: of an empty name
+        return "not installed"
 
 
 def _weights(now: dict[str, Any]) -> str:

@@ -8,12 +8,14 @@
 
 Of several adapters on one base each prompt of a file names its own by `adapter` ("base" is the untuned model), and
 one batch holds them all; a single prompt that names none is answered by each. A blend is the weighted sum of LoRA
-updates; without prompts it is saved in out, in PEFT's format. seed=N draws other answers at a temperature.
+updates; without prompts=FILE it is saved in out as a run's folder, which the other verbs take, and PEFT its adapter/.
+seed=N draws other answers at a temperature.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from ftrun.tasks.prompts import Prompt
     from ftrun.tasks.speakers import Speakers
 
+_BATCH_ROWS = 8
 _HELP = "/reset forgets what was said, /exit or Ctrl-D ends"
 
 
@@ -51,7 +54,7 @@ class Options:
     temperature: float = option(0.0, "0: the likeliest token; above: drawn, the evener the higher", ge=0)
     top_p: float = option(1.0, "draw from the likeliest tokens that have this probability together", gt=0, le=1)
     top_k: int = option(0, "draw from so many likeliest tokens; 0: from all", ge=0)
-    batch_rows: int = option(8, "prompts of a file at once", ge=1)
+    batch_rows: int | None = option(None, "prompts of a file at once; null: 8", ge=1)
     format: str = option("text", "text, or json: one object on standard output", choices=("text", "json"))
 
     def __post_init__(self) -> None:
@@ -67,6 +70,8 @@ class Options:
             raise UserError(f"blend_rank={self.blend_rank}: needs blend={{NAME: WEIGHT, …}}")
         if self.out is not None and self.prompts is None and not self.blend:
             raise UserError(f"out={self.out}: needs prompts=FILE, whose answers go there, or a blend to save")
+        if self.batch_rows is not None and self.prompts is None:
+            raise UserError(f"batch_rows={self.batch_rows}: needs prompts=FILE, of which so many run at once")
         if self.temperature == 0 and (self.top_p < 1 or self.top_k):
             raise UserError("top_p and top_k: have no effect with temperature=0; set a temperature above 0")
 
@@ -110,17 +115,32 @@ class Answering:
         from ftrun.tasks.prompts import Prompt, read
 
         o = self.options
+        self._check_out()
         if o.prompts is not None:
-            if o.out is not None and Path(o.out).exists():
-                raise UserError(f"out={o.out}: is there already; name another file for the answers")
             return read(Path(o.prompts).expanduser(), o.adapter)
         if o.prompt is not None:
             return [Prompt.of(o.prompt, o.adapter)]
-        if (o.blend and o.out is not None) or sys.stdin.isatty():
+        if o.blend and o.out is not None:
+            return []
+        if sys.stdin.isatty():
+            for word, given in (("base=true", o.base), ("format=json", o.format == "json")):
+                if given:
+                    raise UserError(f"{word}: has no effect in a conversation; give prompt='…' or prompts=FILE")
             return []
         if text := sys.stdin.read().strip():
             return [Prompt.of(text, o.adapter)]
         raise UserError("prompt is missing, and standard input holds none: prompt='…', or prompts=FILE")
+
+    def _check_out(self) -> None:
+        from ftrun.runs import check_place
+
+        o = self.options
+        if o.out is None:
+            return
+        if os.path.exists(o.out):  # a name that is too long is no file, and no error yet
+            what = "folder for the blend" if o.prompts is None else "file for the answers"
+            raise UserError(f"out={o.out}: is there already; name another {what}")
+        check_place(Path(o.out))
 
     def _open(self) -> Speakers:
         from ftrun.tasks.speakers import One, Several
@@ -175,7 +195,6 @@ class Answering:
 
     def _file(self) -> None:
         """Every prompt of the file, in batches of rows of about one length; written in the file's order."""
-        from ftrun.runs import aside
         from ftrun.tasks.prompts import BASE
 
         o = self.options
@@ -185,16 +204,14 @@ class Answering:
         for (row, name), answer in zip(wanted, found, strict=True):
             beside = name == BASE and "answer" in lines[row]
             lines[row] |= {"base": answer.text} if beside else {"adapter": name, "answer": answer.text, **_row(answer)}
-        if o.out is None:
-            if o.format == "json":
-                print(json.dumps({"answers": lines}, ensure_ascii=False))
-            else:
-                print("\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
-            return
-        with aside(Path(o.out)) as beside_it:
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            beside_it.write_text(text, encoding="utf-8")
-        _say(f"{len(lines)} answers in {o.out}")
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        if o.out is not None:
+            _write(Path(o.out), text)
+            _say(f"{len(lines)} answers in {o.out}")
+        elif o.format == "json":
+            print(json.dumps({"answers": lines}, ensure_ascii=False))
+        else:
+            print(text, end="")
 
     def _of_row(self, prompt: Prompt) -> list[str]:
         names = self._whose(prompt, bool(self.options.base))
@@ -225,13 +242,13 @@ class Answering:
 
     def _batches(self, names: Sequence[str], rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
         """Rows of about one length; within a batch one speaker's beside each other, alone where they must be."""
-        groups = [list(range(len(rows)))]
+        groups, count = [list(range(len(rows)))], self.options.batch_rows or _BATCH_ROWS
         if not self.speakers.together:
             groups = [[i for i, name in enumerate(names) if name == one] for one in dict.fromkeys(names)]
         for group in groups:
             ordered = sorted(group, key=lambda i: len(rows[i]))
-            for start in range(0, len(ordered), self.options.batch_rows):
-                yield sorted(ordered[start : start + self.options.batch_rows], key=lambda i: names[i])
+            for start in range(0, len(ordered), count):
+                yield sorted(ordered[start : start + count], key=lambda i: names[i])
 
     def _talk(self) -> None:
         """A conversation: what was said before is asked again with each new question."""
@@ -273,16 +290,31 @@ class Answering:
         assert isinstance(speakers, Several)
         assert speakers.blend is not None
         made = speakers.blend
-        record = {"adapters": o.adapters, "weights": o.blend, "scale": o.scale, "rank": made.rank, "kept": made.kept}
         _say(f"blend: rank {made.rank}, {made.kept:.2%} of the update (its Frobenius norm squared)")
         if o.out is not None and o.prompts is None:
-            speakers.save(Path(o.out), record)
-            _say(f"blend: in {o.out}")
+            record = speakers.save(Path(o.out), o.blend, o.scale)
+            _say(f"blend: in {o.out}, a run's folder: ftrun generate run={o.out} …")
+            if o.format == "json" and o.prompt is None:
+                print(json.dumps({"out": o.out, **record}, ensure_ascii=False))
 
 
 def _row(answer: Answer) -> dict[str, Any]:
     """An answer's JSON: its text, its tokens, and whether it came to its end."""
     return {"answer": answer.text, "tokens": len(answer.ids), "ended": answer.ended}
+
+
+def _write(out: Path, text: str) -> None:
+    """Whole or not at all. Where it cannot be written the text goes to standard output, and UserError says so."""
+    from ftrun.runs import aside
+
+    try:
+        with aside(out) as beside:
+            beside.write_text(text, encoding="utf-8")
+    except OSError as error:
+        print(text, end="", flush=True)
+        raise UserError(
+            f"out={out}: cannot be written: {error.strerror or error}; the answers are on standard output"
+        ) from error
 
 
 def _say(text: str) -> None:

@@ -16,23 +16,25 @@ from ftrun.assemble import Sketch
 from ftrun.data.load import Corpus
 from ftrun.data.rows import Rows
 from ftrun.errors import RunFailed, UserError
-from ftrun.methods.files import save_adapter
+from ftrun.job import Job
+from ftrun.methods.files import hashes, save_adapter
 from ftrun.optim import state as optimiser_state
+from ftrun.optim.layout import fitted
 from ftrun.runs import Run, aside, listed, write_json
 from ftrun.train import checkpoint
 from ftrun.train.aside import Aside
 from ftrun.train.checkpoint import Checkpoint
-from ftrun.train.generators import random_state, restore_random
+from ftrun.train.generators import restore_of_each, seed_rank, state_of_each
 from ftrun.train.loop import Progress, Work
-from ftrun.train.parallel import full, gathered
+from ftrun.train.parallel import cut_as, gathered, held_whole
 from ftrun.train.ranks import Ranks
 
 
 class Keeper:
     """belongs: what the run's weights belong to, by hash; a checkpoint that belongs to another is refused."""
 
-    def __init__(self, run: Run, parts: Sketch, corpus: Corpus, say: Callable[[str], None], last: int = 2) -> None:
-        self.run, self.parts, self.say, self.last = run, parts, say, last
+    def __init__(self, run: Run, job: Job, parts: Sketch, corpus: Corpus, say: Callable[[str], None]) -> None:
+        self.run, self.job, self.parts, self.say = run, job, parts, say
         self.records: Callable[[], dict[str, bytes]] = dict  # the metrics so far, by file
         self._writing, self._of, self._progress = Aside(), 0, Progress()
         self.belongs = {"base": parts.base.hash(), "data": fingerprint(corpus)}
@@ -57,15 +59,30 @@ class Keeper:
     def restore(self, found: Checkpoint, work: Work) -> None:
         """The optimiser and the generators as they were; the trained weights are in the model already."""
         try:
-            tensors, meta = work.parallel.cut(found.optimiser, found.optimiser_meta, _known(work))
+            known = assemble.layouts(self.job, self.parts)
+            own = work.parallel.layout(known)
+            tensors, meta, exact = fitted(found.optimiser, found.optimiser_meta, own, known, work.optimiser)
             optimiser_state.restore(work.optimiser, tensors, meta)
         except ValueError as error:
             raise UserError(f"{self.run.checkpoints}: {error}") from error
-        restore_random(found.random)
+        if not exact:
+            self.say(
+                "saved on another number of devices, whose parts end within the blocks of 8-bit optimiser state: it is "
+                "quantised anew, which is not exact"
+            )
+        if restore_of_each(found.random, work.ranks):
+            return
+        seed_rank(self.job.seed, found.progress.step, work.ranks)
+        if getattr(self.parts.tuner.options, "dropout", 0.0):
+            self.say(
+                f"saved on another number of devices than {work.ranks.world}: dropout draws other masks from here on"
+            )
 
     def load_trained(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Trained weights into the model."""
-        self.parts.tuner.load_state(self.parts.model, tensors)
+        """Trained weights into the model, sharded or whole."""
+        tuner, model = self.parts.tuner, self.parts.model
+        own = {name: trained.parameter for name, trained in tuner.named(model).items()}
+        tuner.load_state(model, {name: cut_as(tensor, own.get(name)) for name, tensor in tensors.items()})
 
     def load_best(self) -> bool:
         """The best weights into the model; False, said aloud, where they are damaged."""
@@ -85,7 +102,7 @@ class Keeper:
         if work.ranks.first:
             self.finish()
             try:
-                checkpoint.save(self.run.checkpoints, state, name, self.last)
+                checkpoint.save(self.run.checkpoints, state, name, self.job.save_last)
             except (OSError, SafetensorError) as error:
                 trouble = self._not_saved(name or f"step-{progress.step}", progress.step, error)
         # all ranks go on, or none
@@ -99,7 +116,7 @@ class Keeper:
         self.finish()
         state = checkpoint.copied(state)
         self._of, self._progress = progress.step, progress
-        self._writing.begin(lambda: checkpoint.save(self.run.checkpoints, state, last=self.last))
+        self._writing.begin(lambda: checkpoint.save(self.run.checkpoints, state, last=self.job.save_last))
         return None
 
     def tell(self) -> None:
@@ -120,7 +137,7 @@ class Keeper:
         return trouble
 
     def _state(self, work: Work, progress: Progress) -> Checkpoint:
-        trained = {key: full(tensor) for key, tensor in self.parts.tuner.state(self.parts.model).items()}
+        trained = {key: held_whole(tensor) for key, tensor in self.parts.tuner.state(self.parts.model).items()}
         for key, tensor in trained.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise RunFailed(
@@ -128,7 +145,7 @@ class Keeper:
                 )
         tensors, meta = work.parallel.joined(*optimiser_state.flatten(work.optimiser), _known(work))
         files = self._files() if work.ranks.first else {}
-        return Checkpoint(progress, trained, tensors, meta, random_state(), self.belongs, files)
+        return Checkpoint(progress, trained, tensors, meta, state_of_each(work.ranks), self.belongs, files)
 
     def _files(self) -> dict[str, bytes]:
         """The job, the plan and the metrics as they are now."""
@@ -158,8 +175,8 @@ class Keeper:
                     save_adapter(beside, config, parts.tuner.state(parts.model))
                 else:
                     self._save_model(beside, whole or {})
-                files = {path.name: checkpoint.digest(path) for path in sorted(beside.glob("*.safetensors"))}
-                write_json(beside / "provenance.json", {**provenance, "data": self.belongs["data"], "files": files})
+                facts = {**provenance, "data": self.belongs["data"], "files": hashes(beside)}
+                write_json(beside / "provenance.json", facts)
         except (OSError, SafetensorError) as error:
             saved = self.run.checkpoints.exists() and any(self.run.checkpoints.glob("step-*"))
             kept = f"; the trained weights are in {self.run.checkpoints}, the same command tries again" if saved else ""

@@ -18,6 +18,7 @@ gguf=q8_0 hands the checkpoint to llama.cpp's convert_hf_to_gguf.py, found in ll
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from typing import Any
 
 from ftrun.errors import UserError
 from ftrun.job import Job
-from ftrun.runs import aside, cache_dir, finite, write_json
+from ftrun.runs import aside, cache_dir, check_place, finite, write_json
 from ftrun.schema import option
 
 INTO = {
@@ -75,7 +76,7 @@ class Merging:
 
     def __init__(self, job: Job, asked: Options, say: Any) -> None:
         self.job, self.asked, self.say = job, asked, say
-        self.run, self.out = Path(str(asked.run)), _free(asked.out)
+        self.run, self.out, self.drifts = Path(str(asked.run)), _free(asked.out), list[str]()
         self.into = _into(job, asked)
         self.dtype = asked.dtype or job.model.options.dtype
         if not job.method.load().Tuner.merges:
@@ -107,6 +108,7 @@ class Merging:
         wanted = [*INTO] if self.asked.compare and quantised else [self.into]
         tuned = open_tuned(self.run, job, cache_dir(), self.say)
         self._check_base(tuned, wanted)
+        self.drifts = tuned.drifts
         tuned.tuner.scale(tuned.model, self.asked.scale)
         self.apart = self._measured(tuned)
         for into in [one for one in wanted if one != "base" or not quantised]:
@@ -175,6 +177,7 @@ class Merging:
             "into": self.into,
             "dtype": self.dtype,
             "scale": self.asked.scale,
+            "drifts": self.drifts,
             "files": self.files,
             "unmerged_loss": self.apart and self.apart.loss,
             "targets": self.targets,
@@ -193,7 +196,8 @@ def told(report: Mapping[str, Any]) -> list[str]:
     size = sum(report["files"].values()) / 1e6
     lines = [f"{report['out']}: {len(report['files'])} weights files, {size:.1f} MB, {report['dtype']}"]
     if report["unmerged_loss"] is not None:
-        lines.append(f"  as trained   held-out loss {report['unmerged_loss']:.4f}")
+        what = "as trained" if report["scale"] == 1 else f"at scale {report['scale']:g}"
+        lines.append(f"  {what:<12} held-out loss {report['unmerged_loss']:.4f}")
     for into, found in report["targets"].items():
         written = " (written)" if into == report["into"] else ""
         parts = []
@@ -231,8 +235,9 @@ def _free(out: str | None) -> Path:
     if out is None:
         raise UserError("out is missing: ftrun merge run=DIR out=DIR, the folder to write")
     path = Path(out)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if os.path.exists(path) and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"out={out}: something is there already; name another folder")
+    check_place(path)
     return path
 
 

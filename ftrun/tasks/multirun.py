@@ -5,6 +5,8 @@ All of them are composed and found valid before the first one starts. Training i
 
 from __future__ import annotations
 
+import functools
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,6 +14,8 @@ from pathlib import Path
 
 from ftrun.compose import compose, sweep
 from ftrun.errors import UserError
+from ftrun.secrets import hide
+from ftrun.tasks.channel import die_with_parent
 from ftrun.train.interrupt import Terminated
 
 _INTERRUPTED = 130
@@ -28,7 +32,7 @@ def run_all(command: Sequence[str], overrides: Sequence[str], config_dirs: Seque
     dirs = [text for folder in config_dirs for text in ("--config-dir", str(folder))]
     codes: list[int] = []
     for number, line in enumerate(combinations, start=1):
-        print(f"ftrun: {number} of {len(combinations)}: {' '.join(line)}", file=sys.stderr, flush=True)
+        print(f"ftrun: {number} of {len(combinations)}: {hide(' '.join(line))}", file=sys.stderr, flush=True)
         codes.append(_run([sys.executable, "-m", "ftrun", *command, *dirs, *line]))
         if codes[-1] == _INTERRUPTED:
             break
@@ -39,7 +43,8 @@ def run_all(command: Sequence[str], overrides: Sequence[str], config_dirs: Seque
 
 
 def _run(command: Sequence[str]) -> int:
-    process = subprocess.Popen(command)
+    # a verb does not ask who started it; there are no threads here that a fork would cut off
+    process = subprocess.Popen(command, preexec_fn=functools.partial(die_with_parent, os.getpid()))
     while True:
         try:
             code = process.wait()

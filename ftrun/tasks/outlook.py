@@ -32,7 +32,7 @@ def outlook(job: Job, shared: Shared, whole: bool = True) -> dict[str, Any]:
     whole: with the base's files and the data, as training has them; else with what is at hand, as `ftrun plan` does.
     Raises UserError where the job cannot be one.
     """
-    device = shared.device(job)
+    device, whole_device = shared.device(job), shared.whole_device(job)
     supply: Callable[[Job], Worst]
     if whole:
         parts = shared.sketch(job, cache_dir(), _nothing)
@@ -57,13 +57,14 @@ def outlook(job: Job, shared: Shared, whole: bool = True) -> dict[str, Any]:
         "micro_batch": prepared.settled.micro_batch,
         "recomputed": prepared.settled.recomputed,
         "base": f"{parts.base.name} {parts.quantiser.scheme()} {job.model.options.dtype}",
+        "ranks": job.devices // (job.nnodes or 1) if device.type == "cpu" else 1,  # processes that share the device
         "process_bytes": _resident() - _kept(shared) if device.type == "cpu" else 0,
         "device": {
             "type": device.type,
             "name": device.name,
             "count": torch.cuda.device_count() if device.type == "cuda" and device.present else 1,
-            "free_bytes": device.free_bytes,
-            "usable_bytes": device.usable_bytes,
+            "free_bytes": whole_device.free_bytes,
+            "usable_bytes": whole_device.usable_bytes,
             "rate": _rate(job, device),
         },
         **_run(job, prepared, supply),

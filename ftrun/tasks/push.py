@@ -63,8 +63,7 @@ def contents(run: Path, repo: str, what: str) -> dict[str, bytes | Path]:
 
     JSON of ours and job.yaml are rewritten without places of this machine.
     """
-    from ftrun.report.card import card
-    from ftrun.tasks.card import FILE, facts_of
+    from ftrun.tasks.card import FILE
     from ftrun.tasks.check import learnt
 
     result = read_json(run / "result.json")
@@ -74,7 +73,7 @@ def contents(run: Path, repo: str, what: str) -> dict[str, bytes | Path]:
     folder = Path(what).expanduser() if whole else learnt(run)
     if not (folder / ("config.json" if folder.name != "adapter" or whole else "adapter_config.json")).is_file():
         raise UserError(f"what={what}: expected adapter, or the folder of a merged model (it has a config.json)")
-    found: dict[str, bytes | Path] = {FILE: card(facts_of(run, repo, whole)).encode()}
+    found: dict[str, bytes | Path] = {FILE: _card(run, repo, whole)}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and not name.startswith(".") and not name.endswith(_SKIPPED) and name != FILE:
@@ -96,8 +95,20 @@ def shareable(value: Any, key: str = "") -> Any:
     return shown(value) if isinstance(value, str) and _PLACES.fullmatch(key) else value
 
 
+def _card(run: Path, repo: str, whole: bool) -> bytes:
+    """Raises UserError where the run's files do not tell what a card tells."""
+    from ftrun.report.card import card
+    from ftrun.tasks.card import facts_of
+
+    try:
+        return card(facts_of(run, repo, whole)).encode()
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        why = f"its result.json or job.yaml holds no {error}" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"run={run}: no card can be made of it: {why}") from error
+
+
 def _shareable_json(path: Path) -> bytes:
-    facts = json.loads(path.read_text(encoding="utf-8"))
+    facts = read_json(path)
     return (json.dumps(shareable(facts), indent=2, sort_keys=True) + "\n").encode()
 
 

@@ -48,15 +48,16 @@ def main(run: Path, told: Path) -> int:
         import traceback
 
         traceback.print_exc()
-        return _leave_word(f"{type(error).__name__}: {error}".splitlines()[0][:500], RunFailed.exit_code)
+        # it may be the echo of another rank's end, whose word then comes first: the clock's seconds are too coarse
+        return _leave_word(f"{type(error).__name__}: {error}".splitlines()[0][:500], RunFailed.exit_code, later=1)
     return 0
 
 
-def _leave_word(message: str, code: int) -> int:
-    """Where torch's launcher looks for it."""
+def _leave_word(message: str, code: int, later: int = 0) -> int:
+    """Where torch's launcher looks for it; of several it takes the earliest. later: seconds."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
-        Path(path).write_text(json.dumps({"message": message, "timestamp": int(time.time())}), encoding="utf-8")
+        Path(path).write_text(json.dumps({"message": message, "timestamp": int(time.time()) + later}), encoding="utf-8")
     return code
 
 

@@ -24,22 +24,26 @@ _OWN = ("by", "format", "out")
 class Options:
     """What this verb takes besides its folders."""
 
-    by: str = option("loss", "the figure that runs are ranked by: loss, peak_bytes, tokens_per_s, …")
+    by: str | None = option(
+        None, "the figure that runs are ranked by: loss, peak_bytes, tokens_per_s, …; null: the study's own, else loss"
+    )
     format: str = option("text", "text, or json: one object on standard output", choices=("text", "json"))
     out: str | None = option(None, "the page, FILE.html; null: DIR/report.html, or ./report.html of several")
 
 
-def run(folders: Sequence[str], by: str, format: str, out: str | None) -> int:
+def run(folders: Sequence[str], by: str | None, format: str, out: str | None) -> int:
     """Write page and table, print the table; returns 0. folders: as typed."""
     from ftrun.report.study_rows import judged
-    from ftrun.studies.gathered import gather, linked
+    from ftrun.studies.gathered import gather, linked, objectives
 
-    judged(by)
     places = _places(folders)
     page = _page(places, out)
     rows = gather(places)
-    rows = linked(rows, page, [place for place in places if (place / "study.yaml").is_file()])
-    words = _write(page, places, rows, by)
+    studies = [place for place in places if (place / "study.yaml").is_file()]
+    rows = linked(rows, page, studies)
+    by, *others = [by] if by else objectives(places[0]) if len(places) == len(studies) == 1 else ["loss"]
+    judged(by)
+    words = _write(page, places, rows, by, others)
     if format == "json":
         print(json.dumps(_found(page, rows, by, words), ensure_ascii=False, allow_nan=False))
         return 0
@@ -76,23 +80,27 @@ def _page(places: Sequence[Path], out: str | None) -> Path:
     return page
 
 
-def _write(page: Path, places: Sequence[Path], rows: Sequence[Mapping[str, Any]], by: str) -> list[str]:
-    """The page and the table; returns the summary's sentences."""
+def _write(
+    page: Path, places: Sequence[Path], rows: Sequence[Mapping[str, Any]], by: str, others: Sequence[str]
+) -> list[str]:
+    """The page and the table; returns the summary's sentences, and those of the search of one study."""
     from ftrun.report import study_page, study_table
     from ftrun.report.study_summary import summary
     from ftrun.runs import aside
+    from ftrun.studies.found import kept
 
     one = places[0] if len(places) == 1 else None
     name = one.resolve().name if one is not None else ", ".join(place.resolve().name for place in places[:4])
     name += f" and {len(places) - 4} more" if len(places) > 4 else ""
     kind = "Study" if one is not None and (one / "study.yaml").is_file() else "Report"
+    sentences = kept(one) if one is not None and kind == "Study" else []
     try:
         study_table.write_csv(page.with_name("table.csv"), rows)
         with aside(page) as beside:
-            beside.write_text(study_page.page(name, rows, [], by, kind), encoding="utf-8")
+            beside.write_text(study_page.page(name, rows, sentences, by, kind, others), encoding="utf-8")
     except OSError as error:
         raise UserError(f"out={page}: cannot be written: {error.strerror}; name another: out=FILE.html") from error
-    return summary(rows, by)
+    return [*summary(rows, by), *sentences]
 
 
 def _found(page: Path, rows: Sequence[Mapping[str, Any]], by: str, words: Sequence[str]) -> dict[str, Any]:

@@ -47,6 +47,16 @@ def room_of(session: Session) -> Room:
     return room
 
 
+def less(session: Session) -> str:
+    """The settings with which the job needs less memory, as they are typed; "" where there are none."""
+    job, settled, parts = session.job, session.settled, session.parts
+    rows, share = settled.micro_batch, job.batch // job.devices
+    if rows > 1:
+        return f"micro_batch={max(n for n in range(1, rows // 2 + 1) if share % n == 0)}"
+    layers = len(assemble.decoder(parts)) - assemble.frozen_below(parts)
+    return "checkpointing=all" if settled.recomputed < layers else ""
+
+
 class Evaluations:
     """The held-out loss, in batches of the micro-batch's rows, or from a want of memory on of fewer."""
 

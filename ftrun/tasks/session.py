@@ -38,6 +38,7 @@ from ftrun.tasks.peak import Peak
 from ftrun.tasks.room import Evaluations, copies, room_of
 from ftrun.tasks.shared import Shared, Watch
 from ftrun.train.checkpoint import Checkpoint
+from ftrun.train.generators import seed_rank
 from ftrun.train.interrupt import stop_requests
 from ftrun.train.kept import InMemory, KeptLoss, KeptRows, OnDisk
 from ftrun.train.loop import Progress, train
@@ -118,17 +119,20 @@ class Session:
     def train(self, run: Run) -> dict[str, Any]:
         """Weights, evaluation, the loop, evaluation, the adapter; returns what result.json holds."""
         torch_device = assemble.torch_device(self.device)
-        self.keeper = Keeper(run, self.parts, self.corpus, self.console.say, self.job.save_last)
+        self.keeper = Keeper(run, self.job, self.parts, self.corpus, self.console.say)
         found = self.keeper.found(self.job.resume)
         self._start(run, found)
         torch.manual_seed(self.job.seed)
+        place = assemble.filled_on(torch_device, self.settled.strategy)
         assemble.furnish(
-            self.job, self.parts, torch_device, self.cache, self.console.say, self.settled.recomputed, self.shared.shelf
+            self.job, self.parts, place, self.cache, self.console.say, self.settled.recomputed, self.shared.shelf
         )
         if found is not None:
             self.keeper.load_trained(found.trained)
         parallel = assemble.shared(self.job, self.parts, self.ranks, self.settled.strategy, self.device.type)
         self.work = assemble.work(self.job, self.parts, torch_device, self.total, parallel=parallel, ranks=self.ranks)
+        if not self.ranks.alone:  # the weights are drawn, alike on all of them; what training draws is not
+            seed_rank(self.job.seed, 0, self.ranks)
         if found is not None:
             self.progress = found.progress
             self.keeper.restore(found, self.work)
@@ -206,7 +210,7 @@ class Session:
         }
 
         room = room_of(self)
-        # ranks wait for one another within a step: one that is undone alone would leave the others waiting
+        # a rank that ran out of memory has left the others waiting within a collective, of which none can be taken back
         work.room = room if self.ranks.alone else None
 
         def batches(start: int) -> Iterator[list[Batch]]:
@@ -353,11 +357,11 @@ class Session:
 
     def provenance(self) -> dict[str, Any]:
         """What an adapter belongs to: the base's hash, how it was stored, and the versions at work."""
-        packages = ("ftrun", "torch", "transformers", "bitsandbytes", "safetensors")
         return {
             **provenance.record(self.parts.base, self.parts.quantiser.scheme()),
             "method": self.job.method.choice,
-            "versions": {name: importlib.metadata.version(name) for name in packages},
+            "versions": provenance.versions(),
+            **({"drifts": self.parts.drifts} if self.parts.drifts else {}),
         }
 
     def summary(self) -> dict[str, Any]:

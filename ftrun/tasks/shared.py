@@ -51,9 +51,12 @@ class Shared:
         self._prepared: dict[str, Prepared] = {}
 
     def device(self, job: Job) -> Device:
+        """What one of the job's processes has of its device."""
+        return self.whole_device(job).shared_by(job.devices)
+
+    def whole_device(self, job: Job) -> Device:
         """The job's device, as it was when it was first asked for: before anything of ours lay on it."""
-        found = self._devices.setdefault(_key(job.device), resolve(job.device.typed()))
-        return found.shared_by(job.devices)
+        return self._devices.setdefault(_key(job.device), resolve(job.device.typed()))
 
     def take_for(self, job: Job, kind: str, free_bytes: int) -> None:
         """The job's device as another process has found it, before anything of the study lay on it."""

@@ -17,13 +17,13 @@ from ftrun.evals.generation import Meet
 from ftrun.job import Job
 from ftrun.memory.host import keep_pages
 from ftrun.methods.blend import Blend, blend
-from ftrun.methods.files import load_adapter, save_adapter
+from ftrun.methods.files import hashes, load_adapter
 from ftrun.methods.mixed import Adapter, Mix
-from ftrun.models import provenance
 from ftrun.models.forward import attention
 from ftrun.models.fuse import fuse
 from ftrun.models.load import fill
-from ftrun.runs import aside, cache_dir, job_file, read_json, write_json
+from ftrun.runs import cache_dir, job_file, read_json
+from ftrun.tasks import blending
 from ftrun.tasks.prompts import BASE, Frame, Prompt
 from ftrun.tasks.tuned import Tuned, here, open_tuned
 
@@ -99,10 +99,12 @@ class Several:
         self, runs: Mapping[str, str], job: Job, scale: float, weights: Mapping[str, float], rank: int | None, say: Say
     ) -> None:
         _check(runs, weights)
+        self.runs = {name: Path(run).expanduser() for name, run in runs.items()}
+        self.drifts: dict[str, list[str]] = {}
         self.job, cache, device = job, cache_dir(), assemble.torch_device(here(job))
         if device.type == "cpu":
             keep_pages()
-        jobs = {name: compose([f"job={_finished(Path(run).expanduser())}"]) for name, run in runs.items()}
+        jobs = {name: compose([f"job={_finished(run)}"]) for name, run in self.runs.items()}
         self.parts = assemble.sketch(job, cache, say, whole=True)
         self.model, self.tokenizer = self.parts.model, self.parts.base.tokenizer()
         self.frames: dict[str, Frame] = {}
@@ -111,7 +113,7 @@ class Several:
         if job.kernels == "fast":
             fuse(self.model)
         for name, one in jobs.items():
-            adapters.append(self._adapter(name, Path(runs[name]).expanduser() / "adapter", one, say))
+            adapters.append(self._adapter(name, self.runs[name] / "adapter", one, say))
             adapters[-1].tuner.scale(adapters[-1].wrappers, scale)
         self.blend: Blend | None = None
         if weights:
@@ -129,7 +131,7 @@ class Several:
         config, tensors = load_adapter(folder)
         self.frames[name] = Frame(job, self.tokenizer)
         own, allowed = self.tokenizer.chat_template, dataclasses.replace(job, allow_drift=self.job.allow_drift)
-        assemble.check_provenance(allowed, self.parts, folder, say)
+        self.drifts[name] = assemble.check_provenance(allowed, self.parts, folder, say)
         self.tokenizer.chat_template = own
         made.load(config, tensors)
         return made
@@ -149,18 +151,22 @@ class Several:
         frame = self.frames.get(name) or next(iter(self.frames.values()))
         return [*_virtual(self.model, count), *frame.ids(prompt, raw)]
 
-    def save(self, folder: Path, record: Mapping[str, Any]) -> None:
-        """The blend in PEFT's format, with its provenance; whole or not at all. UserError where one lies there."""
+    def save(self, folder: Path, weights: Mapping[str, float], scale: float) -> dict[str, Any]:
+        """The blend as a run's folder; what it was made of. Raises UserError as `blending.save` does."""
         assert self.blend is not None
-        if folder.exists():
-            raise UserError(f"out={folder}: is there already; name another folder for the blend")
-        own, base = self.blend.adapter, self.parts.base
-        with aside(folder) as beside:
-            config = own.tuner.adapter_config(own.anatomy, base.reference)
-            save_adapter(beside, config, own.tuner.state(own.wrappers))
-            write_json(
-                beside / provenance.FILE, {**provenance.record(base, self.parts.quantiser.scheme()), "blend": record}
-            )
+        made, tokenizer = self.blend, self.tokenizer
+        of = {name: {"path": str(self.runs[name]), **self._origin(name)} for name in weights}
+        record = {"adapters": of, "weights": weights, "scale": scale, "rank": made.rank, "kept": made.kept}
+        own, tokenizer.chat_template = tokenizer.chat_template, next(iter(self.frames.values())).template
+        try:
+            blending.save(folder, self.job, self.parts, made, record)
+        finally:
+            tokenizer.chat_template = own
+        return record
+
+    def _origin(self, name: str) -> dict[str, Any]:
+        drifts = self.drifts[name]
+        return {"files": hashes(self.runs[name] / "adapter"), **({"drifts": drifts} if drifts else {})}
 
 
 def _check(runs: Mapping[str, str], weights: Mapping[str, float]) -> None:

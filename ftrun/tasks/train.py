@@ -49,6 +49,7 @@ def carry_out(job: Job, console: Console, shared: Shared | None = None, watch: W
     _check_base(job)
     there = check_run(out, job.as_dict(), job.resume)
     if there is not None and finished(out, there, job):
+        _make_up(job, out, console)
         return
     cache = cache_dir()
     if job.devices == 1:
@@ -64,6 +65,7 @@ def carry_out(job: Job, console: Console, shared: Shared | None = None, watch: W
     session = Session(job, cache, console, shared, watch)
     session.prepare(out)
     if there is not None and finished(out, there, job, session.total):
+        _make_up(job, out, console)
         return
     folder = open_run(out, job.as_dict(), job.resume)
     try:
@@ -96,6 +98,28 @@ def _evaluate(job: Job, out: Path, console: Console) -> None:
         return
     if found is not None:
         console.draw(lambda terminal: render(found, terminal))
+
+
+def _make_up(job: Job, out: Path, console: Console) -> None:
+    """What a process that was killed at a run's very end has left undone; of several machines the first does it."""
+    from ftrun.tasks.card import write_card
+    from ftrun.train.launch import nodes_of
+
+    if job.devices > 1 and nodes_of(job.nnodes, job.rdzv_endpoint, os.environ).index:
+        return
+    left = _undone(job, out)
+    if "its card" in left:
+        write_card(out, console.say)
+    if "its evaluation" in left:
+        _evaluate(job, out, console)
+
+
+def _undone(job: Job, out: Path) -> list[str]:
+    """What a finished run has not come to."""
+    from ftrun.tasks import card, evaluate
+
+    card_left = not (out / card.FILE).exists()
+    return [*["its card"] * card_left, *["its evaluation"] * evaluate.undone(job, out)]
 
 
 def on_ranks(job: Job, out: Path) -> bool:
@@ -160,7 +184,8 @@ def finished(out: Path, there: Mapping[str, Any], job: Job, total: int | None = 
         total == done or all(there.get(key) == getattr(job, key) for key in asked)
     )
     if same:
-        print(f"{out}: finished, {result.get('steps')} steps; loss {result.get('loss_last')}. Nothing to do")
+        left = f"Left to do: {', '.join(_undone(job, out))}" if _undone(job, out) else "Nothing to do"
+        print(f"{out}: finished, {result.get('steps')} steps; loss {result.get('loss_last')}. {left}")
     elif not saved_steps(out / "checkpoints"):
         raise UserError(f"out={out}: finished after {done} steps, and its checkpoints are gone: name another out")
     return same
@@ -192,9 +217,12 @@ def in_terms(error: BaseException, session: Session, folder: Run) -> BaseExcepti
         message = f"{error.filename or folder.path}: cannot be written: {error.strerror}"
         return RunFailed(message) if session.began else UserError(message)
     if is_out_of_memory(error):
+        from ftrun.tasks.room import less
+
         at = f"in step {done + 1}" if session.began or done else "before the first step was done"
         peak = session.settled.plan.needed_bytes / 1e9
-        return RunFailed(f"out of memory {at}: {str(error).splitlines()[0][:200]}. Planned: {peak:.2f} GB at the peak")
+        said = f"out of memory {at}: {' '.join(str(error).split())[:200]}. Planned: {peak:.2f} GB at the peak"
+        return RunFailed(f"{said}. {settings} resume=force needs less" if (settings := less(session)) else said)
     return error
 
 

@@ -29,12 +29,21 @@ class Tuned:
     """A run's model, ready to be asked: on the job's device, dropout off, the adapter at the scale it was trained at.
 
     job: the run's, with the command line's changes. parts: its sketch (base, model, anatomy, tuner, quantiser). device:
-    torch's. `base` gives the untuned model for a while. Of method=full, tuned=False opens the base itself instead.
+    torch's. drifts: in what the base is another than in training, where that is allowed. `base` gives the untuned model
+    for a while. Of method=full, tuned=False opens the base itself instead.
     """
 
     def __init__(
-        self, run: Path, job: Job, parts: assemble.Sketch, device: torch.device, cache: Path, say: Say
+        self,
+        run: Path,
+        job: Job,
+        parts: assemble.Sketch,
+        device: torch.device,
+        cache: Path,
+        say: Say,
+        drifts: Sequence[str],
     ) -> None:
+        self.drifts = list(drifts)
         self.run, self.job, self.parts, self.device, self.cache, self.say = run, job, parts, device, cache, say
         self.model = parts.model.eval()
         self.tokenizer = parts.base.tokenizer()
@@ -111,15 +120,16 @@ def open_tuned(run: Path, job: Job, cache: Path, say: Say, *, plain: bool = Fals
     whole = (run / "model").is_dir()
     if plain:
         job = unquantised(job)
+    drifts: list[str] = []
     if whole and tuned:
         checked = assemble.sketch(job, cache, say, whole=True)
-        assemble.check_provenance(job, checked, run / "model", say)
+        drifts = assemble.check_provenance(job, checked, run / "model", say)
         job = changed(job, [f"model.path={run / 'model'}", "model.source=folder", "model.new_tokens=[]"])
     elif not whole:
         job = replaced(job, "method", from_=str(run / "adapter"))
     parts = assemble.sketch(job, cache, say, whole=True)
     assemble.furnish(job, parts, device, cache, say, recomputed=0, expects_scheme=not plain)
-    return Tuned(run, job, parts, device, cache, say)
+    return Tuned(run, job, parts, device, cache, say, drifts or parts.drifts)
 
 
 def here(job: Job) -> Device:

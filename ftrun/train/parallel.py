@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ftrun.optim.layout import Layout
+from ftrun.optim.state import of_all
 from ftrun.train.gloo import Gather, Scatter
 from ftrun.train.ranks import Ranks
 
@@ -41,6 +43,7 @@ class Alone:
 
     gathers = True  # whether the optimiser may keep small parameters as views of larger ones
     held_bytes = 0  # what the engine itself keeps between steps, in no parameter and no buffer
+    offloads = False  # whether what is sharded, and the optimiser's state of it, lies in the host's memory
     settled = 1  # steps after which each takes the same memory: in the first the optimiser makes its state
     factor = 1.0  # of a loss before its backward pass: what the engine divides by
 
@@ -71,9 +74,9 @@ class Alone:
         """An optimiser's state (optim/state.py) as one process would have it. own: its parameters, in order."""
         return tensors, meta
 
-    def cut(self, tensors: Tensors, meta: dict[str, Any], own: Sequence[Any]) -> tuple[Tensors, dict[str, Any]]:
-        """This rank's part of what `joined` gave."""
-        return tensors, meta
+    def layout(self, known: Sequence[Layout]) -> Layout:
+        """How this rank's optimiser holds what trains. known: as one process does, and each parameter by itself."""
+        return known[0]
 
     def norm(self, parameters: Sequence[torch.Tensor]) -> torch.Tensor | None:
         """The norm of all gradients where this rank holds a part of them; None: what it holds is all."""
@@ -118,6 +121,7 @@ class Sharded(Alone):
         layers: Sequence[Any],
         whole: Sequence[nn.Parameter],
         mesh: Any,
+        ranks: Ranks,
         offload: bool = False,
         ahead: bool = True,
     ) -> None:
@@ -126,12 +130,12 @@ class Sharded(Alone):
         """
         from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
-        self.whole = list(whole)
+        self.whole, self.ranks = list(whole), ranks
         as_parameters(model)
         how: dict[str, Any] = {
             "mesh": mesh,
             "ignored_params": set(whole),
-            "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
+            "offload_policy": CPUOffloadPolicy(ranks.device.type == "cuda") if offload else OffloadPolicy(),
         }
         for layer in layers:
             fully_shard(layer, reshard_after_forward=True, **how)
@@ -145,6 +149,9 @@ class Sharded(Alone):
                 layer.set_modules_to_backward_prefetch([layer])
         self.parts: list[Any] = [p for p in model.parameters() if p.requires_grad and hasattr(p, "to_local")]
         self.gathers = not self.parts
+        self.offloads = offload
+        for parameter in whole:  # the sharded ones have been moved layer by layer
+            parameter.data = parameter.data.to(ranks.device)
         self.factor = float(mesh.size()) if self.parts else 1.0  # FSDP2 averages what it scatters
         self._locals = {p: nn.Parameter(p.to_local().detach()) for p in self.parts}
 
@@ -169,33 +176,18 @@ class Sharded(Alone):
 
     def joined(self, tensors: Tensors, meta: dict[str, Any], own: Sequence[Any]) -> tuple[Tensors, dict[str, Any]]:
         """Moments in the parameters' shapes become whole. What has another shape (8 bits with a constant for each
-        block of a shard) is kept rank by rank, and serves as many ranks again."""
+        block of a shard) is kept rank by rank: on the first rank, the others have none of it."""
         if not self.parts:
             return tensors, meta
-        if any(t.dim() and t.shape != own[_index(name)].shape for name, t in tensors.items()):
-            return _of_each_rank(tensors), {**meta, "ranks": dist.get_world_size()}
+        if self.ranks.any(any(t.dim() and t.shape != own[_index(name)].shape for name, t in tensors.items())):
+            each = [self.ranks.told(meta, by=rank) for rank in range(self.ranks.world)]
+            return of_all(self.ranks.each(tensors)), {**each[0], "ranks": each}
         wholes = self._wholes(own)
-        made = {
-            name: _as_shard(t, wholes[_index(name)]).full_tensor().cpu() if t.dim() else t
-            for name, t in tensors.items()
-        }
+        made = {name: full(_as_shard(t, wholes[_index(name)])).cpu() if t.dim() else t for name, t in tensors.items()}
         return made, {**meta, "shapes": [list(whole.shape) for whole in wholes]}
 
-    def cut(self, tensors: Tensors, meta: dict[str, Any], own: Sequence[Any]) -> tuple[Tensors, dict[str, Any]]:
-        if not self.parts:
-            return tensors, meta
-        if "ranks" in meta:
-            rank, world = dist.get_rank(), dist.get_world_size()
-            if meta["ranks"] != world:
-                raise ValueError(
-                    f"the optimiser's 8-bit state is in parts of {meta['ranks']} devices, and here are {world}; go on "
-                    f"with devices={meta['ranks']}"
-                )
-            names = [name for name in tensors if "@" not in name]
-            return {n: tensors[f"{n}@{rank}"] if rank else tensors[n] for n in names}, meta
-        wholes = self._wholes(own)
-        parts = {n: _shard_of(t, wholes[_index(n)]) if t.dim() else t for n, t in tensors.items()}
-        return parts, {**meta, "shapes": [list(local.shape) for local in own]}
+    def layout(self, known: Sequence[Layout]) -> Layout:
+        return known[-1].part(self.ranks.rank, self.ranks.world) if self.parts else known[0]
 
     def _wholes(self, own: Sequence[Any]) -> list[Any]:
         """The sharded parameter behind each of the optimiser's."""
@@ -207,6 +199,7 @@ class Sharded(Alone):
             return None
         gradients = [p.grad for p in parameters if p.grad is not None]
         square = torch.stack([g.float().square().sum() for g in gradients]).sum() if gradients else torch.zeros(())
+        square = square.to(self.ranks.device)  # offloaded gradients lie on the host, where NCCL hears of nothing
         dist.all_reduce(square)
         return square.sqrt()
 
@@ -245,30 +238,7 @@ def _as_shard(local: torch.Tensor, like: Any) -> Any:
     """A shard's tensor as the part that it is of a whole like `like`."""
     from torch.distributed.tensor import DTensor
 
-    placed = local.to(like.device)
-    return DTensor.from_local(placed, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
-
-
-def _shard_of(whole: torch.Tensor, like: Any) -> torch.Tensor:
-    """This rank's part of a whole tensor, cut as `like` is."""
-    from torch.distributed.tensor import distribute_tensor
-
-    made = distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-    return made.to_local().clone()
-
-
-def _of_each_rank(tensors: Tensors) -> Tensors:
-    """Every rank's tensors on each of them: the first one's by their names, the others' by "NAME@RANK"."""
-    world, found = dist.get_world_size(), {}
-    for name, tensor in tensors.items():
-        sizes = torch.zeros(world, dtype=torch.int64)
-        sizes[dist.get_rank()] = tensor.numel()
-        dist.all_reduce(sizes)
-        for rank, size in enumerate(sizes.tolist()):
-            piece = tensor.contiguous() if rank == dist.get_rank() else torch.empty(size, dtype=tensor.dtype)
-            dist.broadcast(piece.view(-1), src=rank)
-            found[f"{name}@{rank}" if rank else name] = piece
-    return found
+    return DTensor.from_local(local, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
 
 
 def clip_by(norm: torch.Tensor, parameters: Sequence[torch.Tensor], largest: float | None) -> torch.Tensor:
@@ -298,7 +268,24 @@ def gathered(model: nn.Module, keeps: bool) -> Tensors:
     return found if keeps else {}
 
 
+def cut_as(whole: torch.Tensor, like: Any) -> torch.Tensor:
+    """A whole tensor in parts as `like` is; itself where that is whole. Every rank has it; nothing is sent."""
+    from torch.distributed.tensor import distribute_tensor
+
+    if not hasattr(like, "device_mesh"):
+        return whole
+    placed = whole.to(like.device_mesh.device_type)
+    return distribute_tensor(placed, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def held_whole(tensor: Any) -> torch.Tensor:
+    """A tensor, whole; one that was sharded on the host: with others it would not fit where it lay in parts."""
+    return full(tensor).cpu() if hasattr(tensor, "to_local") else tensor
+
+
 def full(tensor: Any) -> torch.Tensor:
     """A tensor that may be sharded, whole; every rank must ask."""
-    made: torch.Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    made: torch.Tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()  # its part may wait on the host
     return made

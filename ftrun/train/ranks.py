@@ -11,7 +11,7 @@ import datetime
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -51,18 +51,35 @@ class Ranks:
         """Whether it is so on any rank."""
         return here if self.alone else self.most([float(here)])[0] > 0
 
-    def told(self, value: Any) -> Any:
-        """The first rank's value, on each of them: what JSON can say."""
+    def told(self, value: Any, by: int = 0) -> Any:
+        """One rank's value, the first one's, on each of them: what JSON can say."""
         if self.alone:
             return value
-        text = json.dumps(value).encode() if self.first else b""
+        text = json.dumps(value).encode() if self.rank == by else b""
         size = int(self.sums([float(len(text))])[0])
         held = torch.zeros(size, dtype=torch.uint8)
-        if self.first:
+        if self.rank == by:
             held.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
         held = held.to(self.device)
-        dist.broadcast(held, src=0)
+        dist.broadcast(held, src=by)
         return json.loads(bytes(held.cpu().numpy()).decode())
+
+    def each(self, tensors: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        """Every rank's tensors, which need not be alike, in the order of ranks: on the first one's host alone."""
+        if self.alone:
+            return [dict(tensors)]
+        found: list[dict[str, torch.Tensor]] = [{} for _ in range(self.world)]
+        for rank, held in enumerate(found):
+            facts = {name: (str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in tensors.items()}
+            for name, (dtype, shape) in self.told(facts, by=rank).items():
+                piece = torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
+                if rank == self.rank:
+                    piece.copy_(tensors[name])
+                if piece.numel():
+                    dist.broadcast(piece.view(-1), src=rank)
+                if self.first:
+                    held[name] = piece.cpu()
+        return found
 
     def wait(self) -> None:
         """Until all ranks are here."""

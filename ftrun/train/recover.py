@@ -28,8 +28,7 @@ class Room:
     """How much of a step is computed at once, and the ways to less.
 
     recompute: has so many decoder layers, from the lowest trained one on, computed again in the backward pass.
-    changed: hears of a change before the step's batches are made again. agree: whether any process ran out of memory,
-    told whether this one did; all of them ask in each step, and all undo it where one must. where: a row in words.
+    changed: hears of a change before the step's batches are made again. where: a row in words.
     """
 
     micro_batch: int
@@ -37,13 +36,12 @@ class Room:
     layers: int  # that can be recomputed
     recompute: Callable[[int], None]
     changed: Callable[[], None] = lambda: None
-    agree: Callable[[bool], bool] = lambda mine: mine
     say: Callable[[str], None] = lambda text: None
     where: Callable[[int], str] = str
 
 
 class Undone(Exception):
-    """Memory ran out, here or in another process, and nothing is left of the step. batch: the one at hand."""
+    """Memory ran out, and nothing is left of the step. batch: the one at hand."""
 
     def __init__(self, batch: Batch, why: str) -> None:
         super().__init__(why)
@@ -68,7 +66,7 @@ def undoing(work: Work, micro_batches: Sequence[Batch], compute: Callable[[Seque
     room = work.room
     if room is None:
         return compute(micro_batches)
-    before, noted, found, why = random_state(), _Noted(micro_batches), None, ""
+    before, noted = random_state(), _Noted(micro_batches)
     try:
         found = compute(noted)
     except (RuntimeError, MemoryError, OSError) as error:
@@ -76,15 +74,14 @@ def undoing(work: Work, micro_batches: Sequence[Batch], compute: Callable[[Seque
             raise
         why = " ".join(str(error).split())[:200] or type(error).__name__
         traceback.clear_frames(error.__traceback__)  # they hold the step's tensors
-    if not room.agree(bool(why)):
-        return found  # type: ignore[return-value]
-    found = None
+    else:
+        return found
     drop_gradients(work)
     restore_random(before)
     gc.collect()
     change_pages()  # pages that are kept come in pieces, which do not fit the next tensors
     give_back()
-    raise Undone(noted.at, why or "in another process")
+    raise Undone(noted.at, why)
 
 
 def drop_gradients(work: Work) -> None:

@@ -21,9 +21,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from ftrun.runs import cache_dir
-from scripts.bench import figures, machine, pairs, sides, studies, words
+from scripts.bench import figures, machine, pairs, ranks, sides, studies, words
 from scripts.bench.cases import CASES, USUAL, Case
 from scripts.bench.watch import Failed
+
+APART = (studies.NAME, ranks.NAME)  # that are no pairs of sides
 
 
 def main() -> int:
@@ -39,6 +41,9 @@ def main() -> int:
             try:
                 if name == studies.NAME:
                     found[name] = _study(asked, Path(made) / name, cache)
+                elif name == ranks.NAME:
+                    print(f"\n{name}: {ranks.PROCESSES} processes against one", flush=True)
+                    found[name] = ranks.run(asked, Path(made) / name, cache, _say)
                 else:
                     found["cases"][name] = run(CASES[name], asked, Path(made) / name, cache, broken_down)
             except Failed as error:  # the others are still worth knowing
@@ -82,8 +87,8 @@ def _asked() -> tuple[pairs.Asked, list[str], Path | None, bool]:
     parser.add_argument(
         "--cases",
         nargs="+",
-        default=[*USUAL, studies.NAME],
-        choices=[*CASES, studies.NAME],
+        default=[*USUAL, *APART],
+        choices=[*CASES, *APART],
         metavar="NAME",
         help=_names(),
     )
@@ -104,7 +109,7 @@ def _asked() -> tuple[pairs.Asked, list[str], Path | None, bool]:
 
 
 def _names() -> str:
-    return "of " + ", ".join(f"{n}{'' if n in USUAL else ' (not by default)'}" for n in CASES) + f", {studies.NAME}"
+    return "of " + ", ".join(f"{n}{'' if n in USUAL else ' (not by default)'}" for n in CASES) + f", {', '.join(APART)}"
 
 
 def _say(text: str) -> None:

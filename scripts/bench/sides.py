@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from scripts.bench import cases
 from scripts.bench.cases import Case, Side
+from scripts.bench.watch import Failed
 
 ROOT = Path(__file__).resolve().parents[2]
 _NEVER = 1_000_000  # steps
@@ -26,6 +29,16 @@ def environment(cache: Path) -> dict[str, str]:
 def module(name: str, *words: str) -> list[str]:
     """The command that runs one of this package's programs."""
     return [sys.executable, "-m", f"scripts.bench.{name}", *words]
+
+
+def call(words: Sequence[str], env: dict[str, str]) -> float:
+    """ftrun WORDS, to its end; returns its seconds. Raises Failed, with the end of what it said."""
+    started = time.perf_counter()
+    command = [sys.executable, "-m", "ftrun", *words]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise Failed(f"ftrun {' '.join(words)[:300]}: {(done.stderr or done.stdout).strip()[-800:]}")
+    return time.perf_counter() - started
 
 
 def overrides(side: Side, case: Case, steps: int, rows: Path, model: str | None = None) -> list[str]:

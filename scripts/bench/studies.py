@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from scripts.bench import sides
-from scripts.bench.watch import Failed
 
 NAME = "study"
 STEPS = 30  # of each trial
@@ -27,13 +23,14 @@ _POINTS = tuple((r, l) for r in ("rank=4", "rank=8", "rank=16", "rank=32") for l
 def run(steps: int, folder: Path, cache: Path, more: Sequence[str], say: Callable[[str], None]) -> dict[str, Any]:
     """One study and its eight jobs alone, each of so many steps; the figures. more: further overrides."""
     job = ["method=lora", f"steps={steps}", "eval=none", "log=none", *more]
-    _timed(["steps=1", *job[:1], *job[2:], f"out={folder / 'warm'}"], cache)  # caches are warm for both
-    wall = _timed(["-m", *AXES, *job, f"out={folder / 'study'}"], cache)
+    env = sides.environment(cache)
+    sides.call(["steps=1", *job[:1], *job[2:], f"out={folder / 'warm'}"], env)  # caches are warm for both
+    wall = sides.call(["-m", *AXES, *job, f"out={folder / 'study'}"], env)
     inside = [_seconds(run) for run in sorted((folder / "study" / "runs").iterdir())]
     apart, alone = [], []
     for number, point in enumerate(_POINTS):
         out = folder / f"alone-{number}"
-        apart.append(_timed([*point, *job, f"out={out}"], cache))
+        apart.append(sides.call([*point, *job, f"out={out}"], env))
         alone.append(_seconds(out))
     start_up = statistics.median(w - t for w, t in zip(apart, alone, strict=True))
     made = {
@@ -52,20 +49,6 @@ def run(steps: int, folder: Path, cache: Path, more: Sequence[str], say: Callabl
         f"× {made['against_separate']:.2f}"
     )
     return made
-
-
-def _timed(words: Sequence[str], cache: Path) -> float:
-    started = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-m", "ftrun", *words],
-        env=sides.environment(cache),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise Failed(f"ftrun {' '.join(words)}: {(done.stderr or done.stdout).strip()[-800:]}")
-    return time.perf_counter() - started
 
 
 def _seconds(run: Path) -> float:

@@ -57,7 +57,7 @@ SHAPES = {
     "long": Shape(1, 1, (1024,)),
     "ragged": Shape(16, 16, (200, 61, 173, 96, 32, 150, 121, 180)),
     "accumulated": Shape(8, 2, (380, 301, 77, 256, 350)),
-    "short": Shape(16, 16, (64,)),
+    "short": Shape(16, 16, (72,)),
 }
 
 

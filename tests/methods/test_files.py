@@ -28,6 +28,15 @@ def test_a_pickle_is_never_read(tmp_path: Path) -> None:
         load_adapter(tmp_path)
 
 
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+def test_a_file_that_the_system_does_not_give(name: str, tmp_path: Path) -> None:
+    save_adapter(tmp_path, {"r": 2}, {"a": torch.zeros(2)})
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("/proc/self/mem")
+    with pytest.raises(UserError, match=f"{name}: cannot be read: "):
+        load_adapter(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -139,6 +140,38 @@ def test_a_study_within_an_agent_has_runs_of_its_own(tmp_path: Path, monkeypatch
     ids = [module._identity(place) for place in places]
     assert len({*ids, "trial1"}) == 3
     assert ids == [module._identity(place) for place in places]
+
+
+def test_the_runs_of_one_process_are_kept_apart_at_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It exports where it logs to, which a study's next job must not take for a server that the user names."""
+    from accelerate import tracking
+
+    places: list[str] = []
+
+    def set_tracking_uri(uri: str) -> None:
+        places.append(uri)
+        os.environ["MLFLOW_TRACKING_URI"] = uri
+
+    monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(set_tracking_uri=set_tracking_uri))
+    monkeypatch.setattr(tracking, "MLflowTracker", lambda *words, **more: None)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    module, made = options("mlflow")
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        module.sink(made, name, print)._make(tmp_path / name, print)
+    assert [str(tmp_path / name) in place for name, place in zip("ab", places, strict=True)] == [True, True]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://here")
+    module.sink(made, "c", print)._make(tmp_path / "a", print)
+    assert (len(places), os.environ["MLFLOW_TRACKING_URI"]) == (2, "http://here")
+
+
+def test_a_study_has_one_trackio_and_a_run_its_own(tmp_path: Path) -> None:
+    module, _ = options("trackio")
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "study.yaml").touch()
+    runs = [tmp_path / "study" / "runs" / "a", tmp_path / "study" / "runs" / "b", tmp_path / "runs" / "c"]
+    places = [tmp_path / "study" / "trackio"] * 2 + [tmp_path / "runs" / "c" / "trackio"]
+    assert [module._place(run) for run in runs] == places
 
 
 def history(record: Any) -> dict[str, Any]:

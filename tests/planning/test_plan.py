@@ -6,6 +6,8 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from ftrun.compose import compose
 from ftrun.memory.device import Options, resolve
 from ftrun.planning.cards import paging
 from ftrun.planning.plan import Plan, plan, trained_modules
-from ftrun.planning.settle import rows_of_seq_len, settle, worst_of
+from ftrun.planning.settle import Settled, rows_of_seq_len, settle, settle_sharing, worst_of
 from ftrun.planning.twin import Twin
 from ftrun.runs import cache_dir
 from ftrun.tasks import train as train_task
@@ -153,6 +155,20 @@ def test_a_buffer_that_is_too_small_does_not_page() -> None:
     assert said is not None
     assert (said["tensors"], said["of"], said["bytes"]) == (0, 32, 0)
     assert plan(twin, resolve(job.device.typed()), rows_of_seq_len(job)(1)[0][1], 32).paged_bytes == 0
+
+
+def test_weights_that_their_optimiser_needs_whole_are_not_shared_out() -> None:
+    plan = SimpleNamespace(fits=False)
+    tried: list[str] = []
+
+    def attempt(strategy: str) -> tuple[Any, Settled]:
+        tried.append(strategy)
+        tuner = SimpleNamespace(switchable="method=lora" in line)
+        return SimpleNamespace(strategy=strategy, parts=SimpleNamespace(tuner=tuner)), Settled(1, 0, plan, 0, [])
+
+    for line in (["method=full", "optim=adafactor"], ["method=full"], ["method=lora", "optim=adafactor"]):
+        settle_sharing(compose([*line, "devices=2"]), attempt)
+    assert tried == ["ddp", "ddp", "fsdp", "ddp", "fsdp"]
 
 
 def test_a_twin_runs_few_layers_of_a_tall_stack(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from ftrun.errors import DoesNotFit
 from ftrun.tasks import train
-from ftrun.train.launch import Nodes, first_host, nodes_of
+from ftrun.train.launch import Nodes, first_host, launch, nodes_of
 from tests.jobs import overrides, tiny_base, tiny_job, write_rows
 
 STEADY = ("optim.schedule=constant", "optim.warmup=0", "micro_batch=1", "eval.retention=0", "eval.max_new_tokens=0")
@@ -82,6 +82,33 @@ def test_a_killed_worker_takes_the_job_down_and_it_goes_on_exactly(tmp_path: Pat
     made = "adapter/adapter_model.safetensors"
     assert (tmp_path / "cut" / made).read_bytes() == (tmp_path / "whole" / made).read_bytes()
     assert [m["step"] for m in lines(metrics)] == list(range(1, 81))
+
+
+def test_two_devices_with_dropout_go_on_with_the_masks_that_they_would_have_drawn(tmp_path: Path) -> None:
+    """Rows of unequal lengths, so that one rank draws more numbers than the other."""
+    base, rows = tiny_base(tmp_path / "llama"), write_rows(tmp_path / "rows.jsonl")
+    more = ("method=lora", "dropout=0.3", "steps=4", "save_every=2", "micro_batch=1", "eval=none", "devices=2")
+    launch(["-m", "tests.ranks.again", str(tmp_path), *overrides(base, rows, *more)], 2)
+    random = load_file(tmp_path / "whole/checkpoints/step-2/random.safetensors")
+    assert not torch.equal(random["cpu"], random["cpu@1"])
+    assert "resumed after step 2" in (tmp_path / "cut/log.txt").read_text()
+    made = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "cut" / made).read_bytes() == (tmp_path / "whole" / made).read_bytes()
+
+
+def test_8_bit_state_of_parts_goes_on_in_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its parts are small enough for float32 moments where the whole weights have 8 bits: that is said."""
+    more = ("method=full", "optim=adamw_8bit", *STEADY, "eval.before=false")
+    train.run(tiny_job(tmp_path, *more, "steps=4", f"out={tmp_path}/whole"))
+    cut = (*more, "save_every=2", f"out={tmp_path}/cut")
+    train.run(tiny_job(tmp_path, *cut, "steps=2", "devices=2", "strategy=fsdp"))
+    state = json.loads((tmp_path / "cut/checkpoints/step-2/state.json").read_text())["optimiser"]
+    assert len(state["ranks"]) == 2
+    capsys.readouterr()
+    train.run(tiny_job(tmp_path, *cut, "steps=4"))
+    assert "quantised anew, which is not exact" in capsys.readouterr().out
+    for one, other in zip(*(lines(tmp_path / run / "metrics.jsonl") for run in ("whole", "cut")), strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-3)
 
 
 def test_a_study_of_jobs_on_two_devices_makes_a_folder_a_job(tmp_path: Path) -> None:

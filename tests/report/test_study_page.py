@@ -279,6 +279,14 @@ def test_another_objective_is_what_the_page_is_about(objective: str, label: str)
     assert found.cells[0][5] == label.lower()
     assert {f"{label} against {key}" for key in ("method", "layers", "rank")} <= set(found.figures)
     assert f"{label} against {label.lower()}" not in found.figures
+    (lead,) = [text for text in found.text["p"] if text.startswith("Best: ")]
+    assert (lead.count("MB"), lead.count("parameters trained")) == (1, 1)
+
+
+def test_what_else_was_aimed_at_is_drawn_against_the_objective() -> None:
+    titles = {"Peak memory against held-out loss", "Peak memory against time"}
+    assert not titles & set(made(grid_study(), objective="peak_bytes").figures)
+    assert titles < set(made(grid_study(), objective="peak_bytes", others=["loss", "seconds"]).figures)
 
 
 def test_seeds_are_repetitions_around_a_mean() -> None:
@@ -302,6 +310,15 @@ def test_the_same_rows_give_the_same_bytes() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, cwd=ROOT)
     assert done.stdout.decode("utf-8") == page("a study", grid_study(), [])
+
+
+def test_matplotlib_makes_no_folder_in_the_home(tmp_path: Path) -> None:
+    code = "from ftrun.report.plots.ink import style\nwith style(): pass"
+    home = {"HOME": str(tmp_path / "home"), "FTRUN_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    (tmp_path / "home").mkdir()
+    subprocess.run([sys.executable, "-c", code], check=True, env=home)
+    assert (tmp_path / "cache/matplotlib").is_dir()
+    assert not any((tmp_path / "home").iterdir())
 
 
 def test_matplotlibs_settings_are_left_as_they_were() -> None:

@@ -78,9 +78,21 @@ def test_an_attempt_after_a_lost_one_is_answered_as_the_first_was(tmp_path: Path
     meeting.verdict("0", False)
     assert second.verdict("0") is False
     assert said == [f"rank2: attempt 2, on {socket.gethostname()}"]
-    gone = {"status": "failed", "reason": "gone (in attempt 2)", "lost": True}
+    gone = {"status": "failed", "reason": "gone (in attempt 2)"}
     assert meeting.lost("0", "gone")[-1].values == gone
     assert meeting.lost("0", "gone") == []
+
+
+def test_a_task_holds_what_its_job_needs_for_its_user_alone_and_what_it_tells_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "secret123456")
+    path = placed(Meeting(tmp_path), task(prompt="secret123456"))
+    assert "secret123456" in path.read_text()
+    assert path.stat().st_mode & 0o077 == 0
+    begun(path).send({"event": "ended", "id": "0", "status": "invalid", "reason": "prompt=secret123456: no"})
+    (*_, end) = read_lines(path.with_suffix(".events.jsonl"))[0]
+    assert end["reason"] == "prompt=***: no"
 
 
 def test_what_others_stop_is_no_end_and_what_we_stop_is(tmp_path: Path) -> None:

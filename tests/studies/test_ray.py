@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from ftrun.errors import UserError
 from ftrun.studies.launchers import ray
 from ftrun.studies.launching import Task
 from tests.studies.small import alive, apart, descendants, kill_all, started, typed, wait_for
@@ -122,5 +123,24 @@ def test_a_running_cluster_by_its_address(tmp_path: Path, cluster: str) -> None:
 def test_a_card_is_shared_by_the_plan(tmp_path: Path, share: float, gpus: float) -> None:
     launcher = ray.Launcher(ray.Options(), tmp_path)
     launcher.devices["abc"] = {"type": "cuda", "usable_bytes": 80_000_000_000}
-    demand = launcher._demand(Task("0", "train", "abc", {}, bytes=int(share * 80e9), share=share))
+    alone = {"tree": {"devices": 1, "nnodes": None}}
+    demand = launcher._demand(Task("0", "train", "abc", alone, bytes=int(share * 80e9), share=share))
     assert demand == {"CPU": 1, "GPU": gpus, "memory": 0}
+
+
+def test_a_job_of_several_devices_takes_whole_cards_and_as_many_cpus(tmp_path: Path) -> None:
+    launcher = ray.Launcher(ray.Options(), tmp_path)
+    launcher._nodes = [{"CPU": 16, "memory": 1000}]
+
+    def demand(kind: str, nodes: int | None = None) -> dict[str, float]:
+        launcher.devices["abc"] = {"type": kind}
+        tree = {"devices": 4, "nnodes": nodes}
+        return launcher._demand(Task("0", "train", "abc", {"tree": tree}, bytes=800, share=0.2))
+
+    assert demand("cuda") == {"CPU": 4, "GPU": 4, "memory": 0}
+    assert demand("cpu") == {"CPU": 8, "GPU": 0, "memory": 800}
+    with pytest.raises(UserError, match="nnodes=2: launcher=ray gives a job one node"):
+        demand("cuda", nodes=2)
+    launcher.options = ray.Options(gpus=0.5)
+    with pytest.raises(UserError, match=r"launcher.gpus=0.5: a job of devices=4 takes whole GPUs"):
+        demand("cuda")

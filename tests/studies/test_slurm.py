@@ -7,13 +7,22 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from ftrun.dialogue import read_lines
+from ftrun.cli import main
+from ftrun.compose import compose
+from ftrun.dialogue import add_line, read_lines
+from ftrun.errors import UserError
 from ftrun.runs import read_json
+from ftrun.studies import planner
+from ftrun.studies.jobs import _reason
+from ftrun.studies.launchers import slurm
+from ftrun.studies.launching import Task
 from tests.studies.scheduler import submissions, with_slurm
 from tests.studies.small import alive, apart, descendants, kill_all, started, typed, wait_for
 from tests.studies.test_run import ends, table
@@ -83,6 +92,104 @@ def test_the_files_for_sbatch_are_those_that_submitit_writes(tmp_path: Path) -> 
     assert "-m submitit.core._submit" in theirs.read_text()
     assert [e["status"] for e in ends(study)] == ["finished"] * 2
     assert json.loads((study / "slurm" / "jobs.json").read_text()) == {}
+
+
+def spread(devices: int, nodes: int | None = None, size: int = 0) -> Task:
+    return Task(f"{devices}{nodes}", "train", "abc", {"tree": {"devices": devices, "nnodes": nodes}}, bytes=size)
+
+
+def test_a_job_of_several_devices_asks_for_them_and_for_cpus_and_memory_in_proportion(tmp_path: Path) -> None:
+    launcher = slurm.Launcher(slurm.Options(submit=False), tmp_path)
+    keys = ("nodes", "ntasks_per_node", "gpus_per_node", "cpus_per_task")
+
+    def asked(kind: str, task: Task) -> tuple[Any, ...]:
+        launcher.devices["abc"] = {"type": kind}
+        sbatch = launcher._sbatch([task])
+        return (*(sbatch[key] for key in keys), int(sbatch["mem"][:-1]) >> 10)
+
+    card, host = 10 << 30, 40 << 30  # bytes: of a card, and of all the processes of a node
+    assert asked("cuda", spread(1, None, card)) == (1, 1, 1, 4, 15)
+    assert asked("cuda", spread(4, None, card)) == (1, 1, 4, 16, 60)
+    assert asked("cuda", spread(4, 2, card)) == (2, 1, 2, 8, 30)
+    assert asked("cpu", spread(4, None, host)) == (1, 1, None, 16, 48)
+    kinds = launcher._alike([spread(1), spread(4), spread(4, 2), spread(4)])
+    assert [[task.id for task in kind] for kind in kinds] == [["1None"], ["4None", "4None"], ["42"]]
+    launcher.options = slurm.Options(submit=False, gpus_per_node=2)
+    with pytest.raises(UserError, match=r"launcher.gpus_per_node=2: expected 4 or more"):
+        asked("cuda", spread(4))
+
+
+class Planned:
+    """A planner's worker whose plans are there at once."""
+
+    def __init__(self, log: Path) -> None:
+        self._asked: list[str] = []
+
+    def send(self, request: dict[str, Any]) -> None:
+        self._asked.append(request["id"])
+
+    def receive(self) -> list[dict[str, Any]]:
+        plan = {"event": "planned", "status": "finished", "fits": True, "needed_bytes": 1, "device": {"type": "cpu"}}
+        told, self._asked = [{**plan, "id": id} for id in self._asked], []
+        return told
+
+    def end(self) -> None: ...
+
+
+def test_one_job_without_m_and_its_file_written_again_over_a_job_that_was_begun_by_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(planner, "Worker", Planned)
+    command = typed(tmp_path, "devices=2", "eval=none", "launcher=slurm", "launcher.submit=false")[1:]
+    command = [word for word in command if not word.startswith("eval.")]
+    for begun in (False, True):
+        with pytest.raises(SystemExit, match="0"):
+            main(command)
+        (file,) = (tmp_path / "study" / "slurm").glob("*.sh")
+        assert f"sbatch {file}    # 1 job; its run: {tmp_path / 'study' / 'runs'}" in capfd.readouterr().out
+        assert {"#SBATCH --nodes=1", "#SBATCH --ntasks-per-node=1", "#SBATCH --cpus-per-task=8"} <= set(lines(file))
+        (task,) = (tmp_path / "study" / "tasks").glob("*.json")
+        assert shlex.quote(str(task)) in file.read_text()
+        if not begun:
+            add_line(task.with_suffix(".events.jsonl"), {"event": "attempt", "number": 1})
+            task.with_suffix(".stop").touch()
+    assert read_lines(task.with_suffix(".events.jsonl"))[0] == [{"event": "attempt", "number": 1}]
+    assert not task.with_suffix(".stop").exists()
+
+
+def test_a_job_of_several_nodes_is_a_file_for_sbatch_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Each node runs the job itself, where it meets the others by what Slurm says; a study follows none of it."""
+    monkeypatch.setattr(planner, "Worker", Planned)
+    command = typed(tmp_path, "rank=2,4", "devices=4", "nnodes=2", "launcher=slurm", "launcher.cluster=local")
+    assert main(command) == 2
+    assert "nnodes=2: a job that a study follows has one node; launcher.submit=false" in capfd.readouterr().err
+    with pytest.raises(SystemExit, match="0"):
+        main([*command, "launcher.submit=false"])
+    (file,) = (tmp_path / "study" / "slurm").glob("*.sh")
+    assert {"#SBATCH --nodes=2", "#SBATCH --cpus-per-task=8", "#SBATCH --array=0-1%2"} <= set(lines(file))
+    assert f'{sys.executable} -m ftrun "$(sed -n' in file.read_text()
+    words, places = (file.with_suffix(f".{number}.txt").read_text().split() for number in (1, 2))
+    jobs = [compose(line) for line in zip(words, places, strict=True)]
+    assert [job.method.options.rank for job in jobs] == [2, 4]
+    assert [Path(str(job.out)).parent for job in jobs] == [tmp_path / "study" / "runs"] * 2
+    assert [(job.devices, job.nnodes) for job in jobs] == [(4, 2)] * 2
+    assert all(Path(word.partition("=")[2]).stat().st_mode & 0o077 == 0 for word in words)
+
+
+def test_without_m_a_sweep_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["launcher=slurm", "rank=4,8"]) == 2
+    assert "rank=4,8" in capsys.readouterr().err
+    assert main(["launcher=slurm", "recipe=rank-study"]) == 2
+    assert "recipe=rank-study is a study of several jobs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("told", [b"cno_such_module\nx\n.", b"cjson\nno_such_name\n.", b"I1\n.", b""])
+def test_a_result_that_cannot_be_read_is_a_reason(tmp_path: Path, told: bytes) -> None:
+    path = tmp_path / "result.pkl"
+    path.write_bytes(told)
+    assert str(_reason(SimpleNamespace(paths=SimpleNamespace(result_pickle=path)))).startswith(f"{path}: not readable")
 
 
 def test_jobs_outlive_a_killed_study_and_are_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

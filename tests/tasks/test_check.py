@@ -214,6 +214,38 @@ def test_other_versions_are_a_note(place: Path, capsys: pytest.CaptureFixture[st
     assert "torch 2.0.0, now " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ([1], "expected a JSON object, found list"),
+        ({"files": ["a"]}, "expected names and hashes, found ['a']"),
+        ({"files": {"adapter_model.safetensors": 7}}, "sha256 7 as training wrote it"),
+        ({"versions": ["a"]}, "expected packages, found ['a']"),
+    ],
+)
+def test_a_damaged_record(place: Path, change: object, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    note = place / "run/adapter/provenance.json"
+    note.write_text(json.dumps({**json.loads(note.read_text()), **change} if isinstance(change, dict) else change))
+    assert check(place) == 2
+    assert said in (told := capsys.readouterr().err)
+    assert "Traceback" not in told
+
+
+def test_a_package_that_is_not_here(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    note = place / "run/adapter/provenance.json"
+    note.write_text(json.dumps({**json.loads(note.read_text()), "versions": {"nowhere-to-be-had": "1.0"}}))
+    assert check(place) == 0
+    assert "nowhere-to-be-had 1.0, now not installed" in capsys.readouterr().out
+
+
+def test_a_result_that_is_no_object(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "run/result.json").write_text("[1]")
+    for verb, more in (("generate", ["prompt=a"]), ("push", ["repo=me/mine", "dry=true"]), ("train", [])):
+        words = [f"run={place}/run"] if verb != "train" else [f"job={place}/run/job.yaml", f"out={place}/run"]
+        assert cli.main([verb, *words, *more]) == 2
+        assert f"{place}/run/result.json: damaged: expected a JSON object" in capsys.readouterr().err
+
+
 def test_a_folder_without_a_record(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (place / "run/adapter/provenance.json").unlink()
     assert check(place) == 2

@@ -139,6 +139,39 @@ def test_a_scale_is_so_much_of_the_update(runs: Path, capsys: pytest.CaptureFixt
         assert f"scale=0.5: method={method}" in capsys.readouterr().err
 
 
+def test_kinds_of_evaluation_stand_side_by_side(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = ("eval.retention=0", "eval.exact=none", "eval.rows=2")
+    first = evaluated(capsys, runs / "lora", "eval.retention=0", "eval.exact=none")
+    both = evaluated(capsys, runs / "lora", "scale=[0,1]", *few)
+    assert both["held_out"] == first["held_out"]
+    assert both["rows"] == 2
+    settings = both["settings"]
+    assert settings["held_out"] == first["settings"]["held_out"]
+    assert (settings["held_out"]["scale"], settings["held_out"]["rows"]) == (1.0, 6)
+    assert (settings["scales"]["scale"], settings["scales"]["eval"]["rows"]) == ([0, 1], 2)
+    other = {**both, "settings": {"held_out": {**settings["held_out"], "learnt": {"a": "b"}}, "scales": 1}}
+    (runs / "lora/eval.json").write_text(json.dumps(other))  # of the weights before the run went on
+    alone = evaluated(capsys, runs / "lora", "scale=[0,1]", *few)
+    assert "held_out" not in alone
+    assert set(alone["settings"]) == {"scales"}
+
+
+def test_figures_that_cannot_be_kept_are_told(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["eval", f"run={runs / 'lora'}", "eval.retention=0", "eval.exact=none"]
+    (tmp_path / "file").write_text("")
+    assert main([*line, f"out={tmp_path}/file/figures.json"]) == 2
+    assert "is a file; name another out" in capsys.readouterr().err
+    assert main([*line, f"out={tmp_path}/{'x' * 250}.json"]) == 2  # seen only when it is written
+    said = capsys.readouterr()
+    assert "held-out loss" in said.out
+    assert "File name too long" in said.err
+    assert (runs / "lora/eval.json").is_file()
+    (runs / "lora/eval.json").write_text("[1]")
+    assert main(line) == 2
+    assert "eval.json: damaged: expected a JSON object, found list" in capsys.readouterr().err
+    (runs / "lora/eval.json").unlink()
+
+
 def test_the_drop_of_a_quantisation(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = evaluated(capsys, runs / "qlora")["drop"]
     rows = rows_of(runs / "qlora")
@@ -217,6 +250,17 @@ def test_what_eval_asks_for_is_measured_at_the_end_of_a_run(tmp_path: Path, caps
     assert found["exact"]["after"]["rows"] == 3
     assert "KL(base ‖ tuned)" in said
     assert "drop: not measured: quant=none" in said
+    assert task.run(job) == 0
+    assert "Nothing to do" in capsys.readouterr().out
+    for name in ("eval.json", "README.md"):  # as if killed at the very end
+        (tmp_path / "run" / name).unlink()
+    assert task.run(job) == 0
+    said = capsys.readouterr().out
+    assert "finished, 8 steps" in said
+    assert "Left to do: its card, its evaluation" in said
+    assert "KL(base ‖ tuned)" in said
+    assert json.loads((tmp_path / "run/eval.json").read_text()) == found
+    assert (tmp_path / "run/README.md").is_file()
     assert task.run(tiny_job(tmp_path, "method=lora", *HARD[:3], f"out={tmp_path / 'plain'}")) == 0
     assert not (tmp_path / "plain/eval.json").exists()
 

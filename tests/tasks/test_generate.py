@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ftrun.cli import main
+from ftrun.methods.files import hashes
 from tests.jobs import overrides, tiny_base, write_rows
 
 _NEW = 12
@@ -144,18 +146,63 @@ def test_each_prompt_names_its_adapter(runs: Runs, tmp_path: Path, capsys: pytes
 def test_a_blend_answers_and_is_saved_for_peft(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "blended"
     line = (f"adapters={{x: {runs['a']}, y: {runs['b']}}}", "blend={x: 0.7, y: 0.3}", f"out={out}")
-    _, said = asked(capsys, *line)
+    made, said = asked(capsys, *line, "format=json")
+    assert json.loads(made)["rank"] == 7
     assert "rank 7, 100.00% of the update" in said
     found = objects(capsys, *line[:2], "prompt=nine?")["answers"]
-    assert found["blend"]["answer"] == referee(runs, out, "nine?")
+    assert found["blend"]["answer"] == referee(runs, out / "adapter", "nine?")
     assert found["blend"] != found["base"]
-    record = json.loads((out / "provenance.json").read_text(encoding="utf-8"))
+    record = json.loads((out / "adapter/provenance.json").read_text(encoding="utf-8"))
     assert record["blend"]["weights"] == {"x": 0.7, "y": 0.3}
+    assert record["blend"]["adapters"]["y"]["files"] == hashes(runs["b"] / "adapter")
     assert record["base"]["hash"]
     assert "rank 2, " in asked(capsys, *line[:2], "blend_rank=2", "prompt=nine?")[1]
     assert "is there already" in asked(capsys, *line, code=2)[1]
+    again = objects(capsys, f"run={out}", "prompt=nine?")["answers"]
+    assert again == {"tuned": found["blend"], "base": found["base"]}
+    assert main(["check", f"run={out}"]) == 0
+    assert main(["merge", f"run={out}", f"out={tmp_path / 'merged'}", "measure=false"]) == 0
+    assert referee({"base": tmp_path / "merged"}, None, "nine?") == found["blend"]["answer"]
+    capsys.readouterr()
+    assert main(["eval", f"run={out}", "eval=all", "eval.retention=0", "eval.exact=none", "format=json"]) == 0
+    assert json.loads(capsys.readouterr().out)["agreement"]["kl"] > 0
     refused = asked(capsys, f"adapters={{x: {runs['a']}, z: {runs['c']}}}", "blend={x: 1, z: 1}", "prompt=a", code=2)[1]
     assert "z is of method=houlsby" in refused
+
+
+def test_answers_that_cannot_be_written_are_not_lost(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "asked.txt").write_text("nine?\nup\n", encoding="utf-8")
+    line = (f"run={runs['a']}", f"prompts={tmp_path / 'asked.txt'}")
+    blend = (f"adapters={{x: {runs['a']}, y: {runs['b']}}}", "blend={x: 1, y: 1}")
+    for words in (line, blend):  # told before a model is opened
+        said = asked(capsys, *words, f"out={tmp_path / 'asked.txt' / 'x.jsonl'}", code=2)[1]
+        assert said == f"ftrun: out={tmp_path}/asked.txt/x.jsonl: {tmp_path}/asked.txt is a file; name another out\n"
+    long = tmp_path / ("x" * 250 + ".jsonl")  # seen only when it is written
+    out, said = asked(capsys, *line, f"out={long}", code=2)
+    assert [json.loads(text)["prompt"] for text in out.splitlines()] == ["nine?", "up"]
+    assert "File name too long; the answers are on standard output" in said
+    assert "cannot be written: File name too long" in asked(capsys, *blend, f"out={tmp_path / ('x' * 256)}", code=2)[1]
+    assert [path.name for path in tmp_path.iterdir()] == ["asked.txt"]
+
+
+def test_an_allowed_drift_is_on_record(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(runs["a"], other)
+    note = other / "adapter/provenance.json"
+    facts = json.loads(note.read_text(encoding="utf-8"))
+    note.write_text(json.dumps({**facts, "template": "f" * 64}), encoding="utf-8")
+    adapters, out = f"adapters={{x: {other}, y: {runs['b']}}}", tmp_path / "blended"
+    asked(capsys, adapters, "blend={x: 1, y: 1}", f"out={out}", "allow_drift=true")
+    of = json.loads((out / "result.json").read_text(encoding="utf-8"))["blend"]["adapters"]
+    assert [text.partition(":")[0] for text in of["x"]["drifts"]] == ["template"]
+    assert "drifts" not in of["y"]
+    assert main(["merge", f"run={other}", f"out={tmp_path / 'merged'}", "measure=false", "allow_drift=true"]) == 0
+    assert json.loads((tmp_path / "merged/merge.json").read_text())["drifts"] == of["x"]["drifts"]
+    again = [f"job={other}/job.yaml", f"method.from={other}/adapter", f"out={tmp_path / 'again'}", "allow_drift=true"]
+    assert main(again) == 0
+    assert json.loads((tmp_path / "again/adapter/provenance.json").read_text())["drifts"] == of["x"]["drifts"]
 
 
 def test_a_conversation_remembers_until_it_is_reset(
@@ -175,6 +222,9 @@ def test_a_conversation_remembers_until_it_is_reset(
     assert first[0] == first[3]
     assert talked("and?")[0][0] != first[1]
     assert talked(f"nine?{first[0]}and?")[0][0] == first[1]
+    for word in ("base=true", "format=json"):
+        said = asked(capsys, f"run={runs['a']}", word, code=2)[1]
+        assert f"{word}: has no effect in a conversation" in said
 
 
 def test_a_run_is_asked_in_its_own_template(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,6 +253,7 @@ def test_a_pipe_is_the_prompt(runs: Runs, capsys: pytest.CaptureFixture[str], mo
         (("run={a}", "prompt=a", "temperature=-1"), "temperature=-1: expected a number, 0 or more"),
         (("run={a}", "prompt=a", "adapter=tune"), "Did you mean 'tuned'"),
         (("run={a}", "prompt=a", "out=x.jsonl"), "needs prompts=FILE"),
+        (("run={a}", "prompt=a", "batch_rows=2"), "batch_rows=2: needs prompts=FILE"),
         (("run={a}", "blend={{x: 1}}"), "blend: needs adapters"),
         (("run={a}", "prompts=/nowhere.txt"), "no such file"),
         (("prompt=a",), "run is missing"),

@@ -17,7 +17,7 @@ from ftrun.compose import compose
 from ftrun.errors import UserError
 from ftrun.runs import cache_dir
 from ftrun.tasks import train
-from ftrun.tasks.merge import Merging, Options
+from ftrun.tasks.merge import Merging, Options, told
 from ftrun.tasks.merging import Output
 from ftrun.tasks.tuned import open_tuned
 from tests.jobs import tiny_job
@@ -214,6 +214,7 @@ def test_all_targets_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert found["requantised"]["noise"] > found["dequantised"]["noise"]
     said = capsys.readouterr().out
     assert "as trained" in said
+    assert "  at scale 0.5 held-out loss" in "\n".join(told({**report, "out": "merged", "scale": 0.5}))
     assert "(written)" in next(line for line in said.splitlines() if "dequantised" in line)
 
 

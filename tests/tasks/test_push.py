@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +36,16 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         monkeypatch.setattr("huggingface_hub._commit_api.is_xet_available", lambda: False)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield held
+
+
+@pytest.mark.parametrize("result", [{"status": "finished"}, {"status": "finished", "base": [], "steps": 1}])
+def test_a_result_that_lacks_what_a_card_tells(
+    result: dict[str, object], place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(place / "run", tmp_path / "run")
+    (tmp_path / "run/result.json").write_text(json.dumps(result))
+    assert push(tmp_path, "dry=true") == 2
+    assert capsys.readouterr().err.startswith(f"ftrun: run={tmp_path}/run: no card can be made of it: ")
 
 
 def push(place: Path, *more: str) -> int:

@@ -115,3 +115,11 @@ def test_faults_are_told(tmp_path: Path) -> None:
     wrong = request(tmp_path, "three")
     wrong["tree"] = {**wrong["tree"], "lr": -1.0}
     assert worker.plan(wrong)["status"] == "invalid"
+
+
+def test_a_job_of_two_ranks_is_planned_on_half_a_device_and_tells_of_the_whole(tmp_path: Path) -> None:
+    worker = Worker(Told())
+    alone = worker.plan(request(tmp_path, "one", "micro_batch=2", whole=False))
+    both = worker.plan(request(tmp_path, "two", "micro_batch=2", "devices=2", "strategy=ddp", whole=False))
+    assert (alone["ranks"], both["ranks"]) == (1, 2)
+    assert both["device"] == alone["device"]

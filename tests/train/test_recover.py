@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 
 from ftrun.data.batches import step_rows
 from ftrun.errors import RunFailed
+from ftrun.metrics.console import Console
+from ftrun.runs import Run, cache_dir
 from ftrun.tasks import session
 from ftrun.tasks import train as task
 from ftrun.train import checkpoint
@@ -137,3 +140,23 @@ def test_a_step_that_is_not_finite_changes_nothing_and_one_too_many_ends_the_run
     # more of them allowed: it goes on
     assert task.run(tiny_job(tmp_path, *job, "skip_nonfinite=3", f"out={tmp_path}/b")) == 0
     assert steps_in(tmp_path / "b/metrics.jsonl") == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("job", "said"),
+    [
+        (["batch=12", "micro_batch=6", "devices=2"], "GB at the peak. micro_batch=3 resume=force needs less"),
+        (["batch=10", "micro_batch=5", "devices=2"], "micro_batch=1 resume=force needs less"),
+        (["micro_batch=1", "checkpointing=none"], "checkpointing=all resume=force needs less"),
+        (["micro_batch=1", "checkpointing=all"], r"GB at the peak$"),
+    ],
+)
+def test_a_run_that_cannot_recover_says_what_needs_less(tmp_path: Path, job: list[str], said: str) -> None:
+    made = tiny_job(tmp_path, "method=lora", "strategy=ddp" if "devices=2" in job else "strategy=auto", *job)
+    one = session.Session(made, cache_dir(), Console())
+    one.prepare(tmp_path / "run")
+    one.began = True
+    folder = Run(tmp_path / "run", False, (), None)  # type: ignore[arg-type]
+    found = task.in_terms(RuntimeError("DefaultCPUAllocator: can't allocate memory"), one, folder)
+    assert isinstance(found, RunFailed)
+    assert re.search(said, str(found))

@@ -35,6 +35,7 @@ def sink(options: Options, name: str, say: Callable[[str], None]) -> Sink | None
             folder.mkdir(exist_ok=True)
             files = (folder / "artifacts").as_uri()
             mlflow.set_tracking_uri(_store(folder))
+            os.environ.pop("MLFLOW_TRACKING_URI", None)  # it exports ours: the next run of this process has its own
         return MLflowTracker(options.project, logging_dir=files, run_name=name, tags=dict.fromkeys(options.tags, ""))
 
     return Background("mlflow", make, say, options.every)

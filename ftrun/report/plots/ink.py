@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import warnings
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from ftrun.runs import cache_dir
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -92,6 +95,7 @@ class Drawing:
 @contextlib.contextmanager
 def style() -> Iterator[None]:
     """matplotlib as the plots want it, whatever the user's own settings are; as it was before, afterwards."""
+    os.environ.setdefault("MPLCONFIGDIR", str(cache_dir() / "matplotlib"))  # else it makes a folder in the home
     import matplotlib
 
     with matplotlib.rc_context(), warnings.catch_warnings():

@@ -11,6 +11,7 @@ from typing import Any
 
 from ftrun.errors import UserError
 from ftrun.schema import option
+from ftrun.studies.elsewhere import cores
 from ftrun.studies.launching import Event, Task
 from ftrun.studies.launching import Launcher as Base
 from ftrun.studies.worker import Worker
@@ -58,6 +59,12 @@ class Launcher(Base):
         return self._per_device() * self.options.devices
 
     def submit(self, task: Task) -> None:
+        mine, theirs = self.options.devices, task.request["tree"]["devices"]
+        if min(mine, theirs) > 1:
+            raise UserError(
+                f"launcher.devices={mine}: each job gets one of them, and here is one of devices={theirs}; leave the "
+                "launcher's at 1, where every job sees them all"
+            )
         self._waiting.append(task)
         self._start()
 
@@ -123,8 +130,7 @@ class Launcher(Base):
             self._again.add(seat.task.id)
             self._waiting.insert(0, seat.task)
             return []
-        values = {"status": "failed", "reason": seat.worker.epitaph(), "lost": True}
-        return [Event(seat.task.id, "ended", values)]
+        return [Event(seat.task.id, "ended", {"status": "failed", "reason": seat.worker.epitaph()})]
 
     def _start(self) -> None:
         """Tasks to idle workers, the first that fits first; a new worker where there is none and room for one."""
@@ -140,12 +146,12 @@ class Launcher(Base):
             seat.begun = False
             seat.task, seat.base, seat.held = task, task.base or seat.base, max(seat.held, task.bytes)
             # what was free before anything ran: what its neighbours take is not for a job to judge
-            here = {"threads": max(1, _cores() // self._per_device()), "device": self._device}
+            here = {"threads": max(1, cores() // self._per_device()), "device": self._device}
             seat.worker.send({**task.as_dict(), **here})
 
     def _room(self, task: Task) -> int | None:
         """The device that has room for the task; one on which nothing runs has room for anything."""
-        for device in range(self.options.devices):
+        for device in range(self.options.devices if self._device is not None else 1):
             at_work = [s.task for s in self._seats if s.device == device and s.task is not None]
             taken = sum(t.bytes for t in at_work)
             usable = (self._device or {}).get("usable_bytes", 0)
@@ -182,16 +188,12 @@ class Launcher(Base):
             return self.options.workers
         if self._device is None:
             return 1
-        return _AT_ONCE if self._device["type"] == "cuda" else max(1, _cores() // 2)
+        return _AT_ONCE if self._device["type"] == "cuda" else max(1, cores() // 2)
 
     def _environment(self, device: int) -> dict[str, str]:
-        """Each worker its GPU, where there are several."""
-        if self.options.devices == 1:
+        """Each worker its GPU, where there are several; the first one's see all of them, and so how many there are."""
+        if device == 0:
             return {}
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible else [str(n) for n in range(self.options.devices)]
-        return {"CUDA_VISIBLE_DEVICES": names[device % len(names)]}
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return {"CUDA_VISIBLE_DEVICES": names[device]}

@@ -17,7 +17,7 @@ import psutil
 from ftrun.errors import RunFailed, UserError
 from ftrun.schema import option
 from ftrun.studies.attempt import Attempt, AttemptLost
-from ftrun.studies.elsewhere import Elsewhere, cores, say
+from ftrun.studies.elsewhere import Elsewhere, cores, say, shape
 from ftrun.studies.launching import Task
 from ftrun.studies.watchman import Watchman
 
@@ -39,7 +39,12 @@ class Options:
         "auto", "CPUs of a task", gt=0, pattern="auto", form="auto, or a number of CPUs as 2, more than 0"
     )
     gpus: float | str = option(
-        "auto", "GPUs of a task", gt=0, le=1, pattern="auto", form="auto, or a share of a GPU as 0.5, 1 or less"
+        "auto",
+        "GPUs of a task of one device; several have each a whole one",
+        gt=0,
+        le=1,
+        pattern="auto",
+        form="auto, or a share of a GPU as 0.5, 1 or less",
     )
     workers: int | None = option(None, "tasks at once at most; null: as many as the cluster has room for", ge=1)
     retries: int = option(1, "how often a task is tried again whose node or process was lost", ge=0)
@@ -177,20 +182,31 @@ class Launcher(Elsewhere):
         itself, and is planned again there: the worker refuses what does not fit.
         """
         cuda = self.on_cuda(task)
-        if self.options.gpus == "auto":
-            gpus = min(1.0, max(1, math.ceil(round(task.share / _STEP, 6))) * _STEP) if cuda else 0.0
-        elif cuda:
-            gpus = float(self.options.gpus)
-        else:
-            raise UserError(f"launcher.gpus={self.options.gpus:g}: the jobs run on CPUs (device); leave it at auto")
+        nodes, processes = shape(task)
+        if nodes > 1:
+            raise UserError(f"nnodes={nodes}: launcher=ray gives a job one node; launcher=slurm gives it several")
         largest = max((int(node.get("memory", 0)) for node in self._nodes), default=0)
-        return {"CPU": self._cpus(cuda), "GPU": round(gpus, 2), "memory": 0 if cuda else min(task.bytes, largest)}
+        memory = 0 if cuda else min(task.bytes, largest)
+        return {"CPU": self._cpus(cuda, processes), "GPU": self._gpus(task, cuda, processes), "memory": memory}
 
-    def _cpus(self, cuda: bool) -> float:
+    def _gpus(self, task: Task, cuda: bool, processes: int) -> float:
+        """A share of one card, or, of a job of several, whole ones: Ray knows no others."""
+        asked = self.options.gpus
+        if asked != "auto" and not cuda:
+            raise UserError(f"launcher.gpus={asked:g}: the jobs run on CPUs (device); leave it at auto")
+        if asked not in ("auto", 1) and processes > 1:
+            raise UserError(f"launcher.gpus={asked:g}: a job of devices={processes} takes whole GPUs; leave it at auto")
+        if not cuda or processes > 1:
+            return float(processes) if cuda else 0.0
+        steps = max(1, math.ceil(round(task.share / _STEP, 6)))
+        return float(asked) if asked != "auto" else round(min(1.0, steps * _STEP), 2)
+
+    def _cpus(self, cuda: bool, processes: int = 1) -> float:
+        """As asked for, or for each of a job's processes so many, as far as a node has them."""
         if self.options.cpus != "auto":
             return float(self.options.cpus)
         largest = max((node.get("CPU", 0) for node in self._nodes), default=cores())
-        return min(_CPUS["cuda" if cuda else "cpu"], largest or 1)
+        return min(processes * _CPUS["cuda" if cuda else "cpu"], largest or 1)
 
     def _warn(self, demand: Mapping[str, float]) -> None:
         """Say once that no node has what a task needs: a cluster that grows may get one, another waits for ever."""

@@ -17,14 +17,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from ftrun.beside import replace_text
 from ftrun.errors import UserError
 from ftrun.memory.sizes import parse_size
 from ftrun.schema import option
 from ftrun.studies.attempt import Attempt
-from ftrun.studies.elsewhere import Elsewhere, say
+from ftrun.studies.elsewhere import Elsewhere, Shape, say, shape
 from ftrun.studies.jobs import Jobs
 from ftrun.studies.launching import Task
+from ftrun.studies.worker import COMMAND
 
+_TRAIN = (sys.executable, "-m", "ftrun")
 _MOST = 1000  # jobs of an array: Slurm's MaxArraySize is 1001 where nobody has set it
 _AT_ONCE = 256  # jobs at once where nobody says: submitit's own limit of an array
 _SPARE = 1.1  # of the planned bytes of the host
@@ -39,9 +44,13 @@ class Options:
         "2h", "a job's time", ge=1, pattern=r"\d+(\.\d+)?(min|h|d)", form="minutes as 90, or time as 90min, 2h, 1d"
     )
     gpus_per_node: int | str = option(
-        "auto", "GPUs of a job", ge=0, pattern="auto", form="auto (1, none for device=cpu), or a number of GPUs as 1"
+        "auto",
+        "GPUs of a job on each node",
+        ge=0,
+        pattern="auto",
+        form="auto (its devices there, none for device=cpu), or a number of GPUs as 1",
     )
-    cpus_per_task: int = option(4, "CPUs of a job", ge=1)
+    cpus_per_task: int = option(4, "CPUs of a job for each of its devices", ge=1)
     mem: int | str | None = option(None, "memory of a job's host: bytes, 24GB or 24GiB; null: by its plan")
     array: int | None = option(None, "jobs at once at most; null: as many as the cluster takes (1 without Slurm)", ge=1)
     constraint: str | None = option(None, "sbatch --constraint")
@@ -87,9 +96,14 @@ class Launcher(Elsewhere):
         self._tidy()
         for task in tasks:
             self.check_device(task)
-        self._jobs.recall()
         if not self.options.submit:
             self._write(tasks)
+        if several := next((s.nodes for s in map(shape, tasks) if s.nodes > 1), None):
+            raise UserError(
+                f"nnodes={several}: a job that a study follows has one node; launcher.submit=false writes a file for "
+                "sbatch that runs it on several"
+            )
+        self._jobs.recall()
         tasks = [task for task in tasks if not self._adopt(task)]
         room = self._room(len(tasks))
         for batch in self._alike(tasks[:room]):
@@ -132,9 +146,11 @@ class Launcher(Elsewhere):
         return min(asked, max(0, self.width - out))
 
     def _alike(self, tasks: Sequence[Task]) -> list[list[Task]]:
-        """Those for cards and those for CPUs: an array asks for the same for all its jobs."""
-        kinds = ([t for t in tasks if self.on_cuda(t)], [t for t in tasks if not self.on_cuda(t)])
-        return [kind for kind in kinds if kind]
+        """By cards or CPUs, and by how many on how many nodes: the jobs of an array ask for the same."""
+        kinds: dict[tuple[bool, Shape], list[Task]] = {}
+        for task in tasks:
+            kinds.setdefault((self.on_cuda(task), shape(task)), []).append(task)
+        return list(kinds.values())
 
     def _send(self, tasks: Sequence[Task]) -> None:
         """One submission, an array where there are several."""
@@ -188,14 +204,17 @@ class Launcher(Elsewhere):
     # --- what is asked of Slurm ---
 
     def _sbatch(self, tasks: Sequence[Task]) -> dict[str, Any]:
-        """submitit's names of sbatch's options; None where one is not given."""
-        options = self.options
+        """submitit's names of sbatch's options; None where one is not given.
+
+        A node has one task, which starts the job's processes there.
+        """
+        options, (nodes, processes) = self.options, shape(tasks[0])
         return {
             "job_name": re.sub(r"[^\w.-]+", "_", f"ftrun-{self.folder.name}"),
             "time": minutes(options.time),
-            "nodes": 1,
+            "nodes": nodes,
             "ntasks_per_node": 1,
-            "cpus_per_task": options.cpus_per_task,
+            "cpus_per_task": options.cpus_per_task * processes,
             "gpus_per_node": self._gpus(tasks[0]) or None,
             "mem": f"{math.ceil(max(self._host_bytes(task) for task in tasks) / 2**20)}M",
             "partition": options.partition,
@@ -207,27 +226,47 @@ class Launcher(Elsewhere):
         }
 
     def _gpus(self, task: Task) -> int:
-        if self.options.gpus_per_node != "auto":
-            return int(self.options.gpus_per_node)
-        return int(self.on_cuda(task))
+        needed = shape(task).processes if self.on_cuda(task) else 0
+        if self.options.gpus_per_node == "auto":
+            return needed
+        if self.options.gpus_per_node < needed:
+            raise UserError(
+                f"launcher.gpus_per_node={self.options.gpus_per_node}: expected {needed} or more: a job has that many "
+                "devices on a node"
+            )
+        return int(self.options.gpus_per_node)
 
     def _host_bytes(self, task: Task) -> int:
+        """What a node gives a job: what each of its processes there needs beside what it was planned for."""
         if self.options.mem is not None:
             return parse_size(self.options.mem, "launcher.mem")
-        return math.ceil(_SPARE * task.bytes) + _HOST["cuda" if self.on_cuda(task) else "cpu"]
+        processes, cuda = shape(task).processes, self.on_cuda(task)
+        planned = task.bytes * (processes if cuda else 1)  # a card's, or the whole node's
+        return math.ceil(_SPARE * planned) + processes * _HOST["cuda" if cuda else "cpu"]
 
     def _write(self, tasks: Sequence[Task]) -> None:
         """The files that sbatch would be given; ends the study there."""
         parts = [tasks[start : start + _MOST] for start in range(0, len(tasks), _MOST)]
         for number, batch in enumerate((b for part in parts for b in self._alike(part)), start=1):
-            paths = [self.place(task, self.options.cpus_per_task) for task in batch]
-            file = write(self._logs / f"tasks-{number}.sh", self._sbatch(batch), paths)
-            print(f"sbatch {shlex.quote(str(file))}    # {len(batch)} jobs; their runs: {self.folder / 'runs'}")
+            words = [self._alone(task) for task in batch]
+            command = COMMAND if shape(batch[0]).nodes == 1 else _TRAIN
+            file = write(self._logs / f"tasks-{number}.sh", self._sbatch(batch), words, command)
+            many = "1 job; its run" if len(batch) == 1 else f"{len(batch)} jobs; their runs"
+            print(f"sbatch {shlex.quote(str(file))}    # {many}: {self.folder / 'runs'}")
         raise SystemExit(0)
 
+    def _alone(self, task: Task) -> tuple[str, ...]:
+        """What tells a job that nobody follows what to do: its task's file; where it has several nodes, the job's."""
+        if shape(task).nodes == 1:
+            return (str(self.place(task, self.options.cpus_per_task, by_hand=True)),)
+        request, path = self.request(task, 0), self.meeting.file(task).with_suffix(".yaml")
+        text = yaml.safe_dump({"choices": request["choices"], **request["tree"]}, sort_keys=False, allow_unicode=True)
+        replace_text(path, text, private=True)
+        return (f"job={path}", f"out={request['tree']['out']}")
 
-def write(file: Path, sbatch: Mapping[str, Any], tasks: Sequence[Path]) -> Path:
-    """A file for sbatch whose jobs do the tasks: the lines that submitit writes, and the workers' own command."""
+
+def write(file: Path, sbatch: Mapping[str, Any], words: Sequence[Sequence[str]], command: Sequence[str]) -> Path:
+    """A file for sbatch: the lines that submitit writes, and the command, with each job's own words at its end."""
     from submitit.slurm.slurm import SlurmExecutor
 
     class Writer(SlurmExecutor):
@@ -235,20 +274,20 @@ def write(file: Path, sbatch: Mapping[str, Any], tasks: Sequence[Path]) -> Path:
         def affinity(cls) -> int:
             return 1  # a file can be written where there is no Slurm
 
-    command = [sys.executable, "-m", "ftrun.tasks.worker"]
-    if len(tasks) == 1:
-        line = shlex.join([*command, str(tasks[0])])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if len(words) == 1:
+        line = shlex.join([*command, *words[0]])
     else:
-        names = file.with_suffix(".txt")
-        names.parent.mkdir(parents=True, exist_ok=True)
-        names.write_text("".join(f"{task}\n" for task in tasks), encoding="utf-8")
-        line = f'{shlex.join(command)} "$(sed -n $((SLURM_ARRAY_TASK_ID + 1))p {shlex.quote(str(names))})"'
+        line = shlex.join(command)
+        for number, column in enumerate(zip(*words, strict=True), start=1):
+            names = file.with_suffix(f".{number}.txt")
+            names.write_text("".join(f"{word}\n" for word in column), encoding="utf-8")
+            line += f' "$(sed -n $((SLURM_ARRAY_TASK_ID + 1))p {shlex.quote(str(names))})"'
     setup = [*(sbatch["setup"] or ()), f"cd {shlex.quote(os.getcwd())}"]
     writer = Writer(file.parent)
     writer.update_parameters(**{k: v for k, v in {**sbatch, "setup": setup}.items() if v is not None})
-    if len(tasks) > 1:
-        writer.parameters["map_count"] = len(tasks)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    if len(words) > 1:
+        writer.parameters["map_count"] = len(words)
     file.write_text(writer._make_submission_file_text(line, ""), encoding="utf-8")
     return file
 

@@ -1,0 +1,35 @@
+"""One rank of a run that is cut and gone on with: `python -m tests.ranks.again FOLDER OVERRIDES…`, by ftrun's launcher.
+
+FOLDER/whole is the run; FOLDER/cut is what was there of it after its second step, gone on with to the end.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from ftrun.compose import compose
+from ftrun.runs import open_run
+from ftrun.tasks.rank import work
+from ftrun.train.ranks import end, join
+
+
+def main(folder: Path, overrides: list[str]) -> None:
+    """Both runs, one after the other, in the same processes."""
+    for name in ("whole", "cut"):
+        out = folder / name
+        job = compose([*overrides, f"out={out}"])
+        if os.environ["RANK"] == "0":
+            if name == "cut":
+                later = shutil.ignore_patterns("step-4", "result.json", "adapter")
+                shutil.copytree(folder / "whole", out, ignore=later)
+            open_run(out, job.as_dict(), job.resume).release()
+        work(out, job)
+        join("cpu").wait()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
+    end(0)
