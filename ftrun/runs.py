@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import hashlib
 import json
 import math
 import os
@@ -173,6 +174,12 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     with aside(path) as beside:
         text = json.dumps(finite(dict(content)), indent=2, allow_nan=False, default=str)
         beside.write_text(text + "\n", encoding="utf-8")
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def finite(value: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ftrun.errors import UserError
+from ftrun.runs import digest
 
 _KINDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8", torch.int8: "I8"}
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -46,11 +46,7 @@ def file_size(tensors: Mapping[str, torch.Tensor]) -> int:
 
 def hashes(folder: Path) -> dict[str, str]:
     """The SHA-256 of each safetensors file that lies in the folder, by its name."""
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+    return {path.name: digest(path) for path in sorted(folder.glob("*.safetensors"))}
 
 
 def load_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import json
 import re
 import shutil
@@ -22,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from ftrun.errors import UserError
 from ftrun.optim.state import check as check_optimiser
-from ftrun.runs import aside, saved_steps
+from ftrun.runs import aside, digest, saved_steps
 from ftrun.train.loop import Progress
 
 _PARTS = ("trained", "optimiser", "random")
@@ -159,12 +158,6 @@ def _progress(values: Mapping[str, Any], name: str) -> Progress:
     if re.fullmatch(r"step-\d+", name) and name != f"step-{progress.step}":
         raise ValueError(f"it is that of step {progress.step}")
     return progress
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _packed(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

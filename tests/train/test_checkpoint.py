@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from ftrun.errors import UserError
 from ftrun.optim.state import flatten
+from ftrun.runs import digest
 from ftrun.train import checkpoint
 from ftrun.train.checkpoint import Checkpoint, latest, load, save
 from ftrun.train.generators import random_state
@@ -40,8 +41,8 @@ def lose_a_tensor(folder: Path) -> None:
     tensors = load_file(folder / "optimiser.safetensors")
     tensors.pop("0.exp_avg")
     save_file(tensors, folder / "optimiser.safetensors")
-    digest = checkpoint.digest(folder / "optimiser.safetensors")
-    edit_state(folder, lambda state: state["files"].update({"optimiser.safetensors": digest}))
+    right = digest(folder / "optimiser.safetensors")
+    edit_state(folder, lambda state: state["files"].update({"optimiser.safetensors": right}))
 
 
 def flip_a_byte(folder: Path) -> None:
