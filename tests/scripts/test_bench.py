@@ -63,6 +63,24 @@ def test_ratios_are_taken_by_pairs_and_the_table_holds_them() -> None:
     assert "seconds to 2.1000 nats × 0.18" in words.ratios(found)
 
 
+def test_messages_that_overlap_count_once_and_their_share_is_told() -> None:
+    from scripts.bench import ranks, wire
+
+    assert wire.union([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0), (1.5, 2.5)]) == 4.0
+    assert wire.union([]) == 0.0
+    ratio = {"median": 0.5, "min": 0.4, "max": 0.6}
+    text = ranks.line("ddp", ratio, {"messages": 2.0, "share": 0.25, "wire_s": 0.05, "profiled_s": 0.2})
+    assert "ddp, against one: × 0.50 (0.40–0.60); 2 messages a step, under way in 25.0% of it (50 of 200 ms)" in text
+
+
+def test_processes_that_come_to_other_losses_are_no_comparison() -> None:
+    from scripts.bench import ranks
+
+    ranks._same([2.0, 1.0], [2.001, 1.0], "ddp")
+    with pytest.raises(Failed, match="ddp: a step's loss is 50.0% off"):
+        ranks._same([2.0, 1.0], [2.0, 1.5], "ddp")
+
+
 def test_every_usual_case_is_one_and_says_what_it_is() -> None:
     assert set(USUAL) <= set(CASES)
     assert str(CASES["qlora-ckpt"].other) == "trl lora nf4 recomputed"
