@@ -236,7 +236,7 @@ class Fuzz:
                 for key in dice.choice([("files", "format"), ("files",)]):  # of before there were markers, or of today
                     state.pop(key, None)
                 path.write_text(json.dumps(state))
-                commit(path.parent) if "format" in state else (path.parent / "commit").unlink()
+                commit(path.parent) if "format" in state else (path.parent / "commit.json").unlink()
         if dice.random() < 0.8:
             latest(checkpoints, lambda text: None)
             return name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from safetensors import SafetensorError
 
 from ftrun import assemble
@@ -179,8 +181,12 @@ class Keeper:
 
     def _files(self) -> dict[str, bytes]:
         """The job, the plan and the metrics as they are now."""
-        own = [path for name in ("job.yaml", "plan.json") if (path := self.run.path / name).is_file()]
-        return {path.name: path.read_bytes() for path in own} | self.records()
+        job, plan = self.run.path / "job.yaml", self.run.path / "plan.json"
+        made = {plan.name: plan.read_bytes()} if plan.is_file() else {}
+        if job.is_file():
+            content = yaml.safe_load(job.read_text(encoding="utf-8"))
+            made["job.json"] = json.dumps(content, indent=2, default=str).encode()
+        return made | self.records()
 
     def hand_over(self, provenance: Mapping[str, Any], ranks: Ranks = Ranks()) -> None:  # noqa: B008 (frozen)
         """adapter/ with its provenance, or model/ where the base itself was trained: whole, or not at all.

@@ -1,7 +1,7 @@
 """Checkpoints: trained weights, optimiser state, random states and progress; safetensors and JSON only.
 
 checkpoints/step-N/ is written aside, flushed and renamed: it is there complete, or not at all. state.json has the hash
-of every other file, and `commit` that of state.json: no byte of it is unchecked.
+of every other file, and commit.json that of state.json: no byte of it is unchecked.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ftrun.runs import aside, digest, saved_steps
 from ftrun.train.loop import Progress
 
 _PARTS = ("trained", "optimiser", "random")
-_STATE, _COMMIT = "state.json", "commit"
+_STATE, _COMMIT = "state.json", "commit.json"
 _FORMAT = 2  # checkpoints without one were written before there was a commit marker
 _LISTS = ("recoveries", "skipped")  # of a progress; the rest are numbers
 
@@ -105,7 +105,11 @@ def mark(folder: Path, step: int) -> str:
 
 def commit(folder: Path) -> None:
     """The marker of a checkpoint that is written to its end: the hash of its state.json."""
-    (folder / _COMMIT).write_text(digest(folder / _STATE), encoding="utf-8")
+    (folder / _COMMIT).write_text(_marker(folder), encoding="utf-8")
+
+
+def _marker(folder: Path) -> str:
+    return json.dumps({_STATE: digest(folder / _STATE)})
 
 
 def load(path: Path) -> Checkpoint:
@@ -132,7 +136,7 @@ def load(path: Path) -> Checkpoint:
 def _checked(path: Path, state: Mapping[str, Any]) -> dict[str, bytes]:
     """The run's records in a checkpoint, all of whose files are what was saved."""
     old = "format" not in state and not (path / _COMMIT).exists()
-    if not old and (path / _COMMIT).read_bytes() != digest(path / _STATE).encode():
+    if not old and (path / _COMMIT).read_bytes() != _marker(path).encode():
         raise ValueError(f"{_STATE} is not what was saved")
     hashes = state.get("files", {}) if old else state["files"]
     for name, expected in hashes.items():

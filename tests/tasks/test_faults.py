@@ -154,7 +154,10 @@ def test_lines_that_were_lost_with_the_power_come_back(tmp_path: Path, monkeypat
     with pytest.raises(Interrupted):
         task.run(job)
     monkeypatch.undo()
-    assert {"job.yaml", "plan.json"} < {p.name for p in (run / "checkpoints/step-3").iterdir()}
+    kept = {p.name: p for p in (run / "checkpoints/step-3").iterdir()}
+    assert read(kept["job.json"])["lr"] == 1e-2
+    assert read(kept["plan.json"]) == read(run / "plan.json")
+    assert {p.suffix for p in kept.values()} == {".safetensors", ".json", ".jsonl"}
     for name in ("metrics.jsonl", "evals.jsonl"):
         (run / name).write_bytes((run / name).read_bytes()[:400])
     assert task.run(job) == 0

@@ -64,7 +64,7 @@ def flip_a_byte(folder: Path) -> None:
         (lambda f: f.rename(f.parent / "step-99"), "it is that of step 2"),
         (lambda f: edit_state(f, lambda s: s.pop("files")), "lacks 'files'"),
         (lambda f: edit_state(f, lambda s: s["files"].pop("trained.safetensors")), "no hash of its tensors"),
-        (lambda f: (f / "commit").unlink(), "No such file"),
+        (lambda f: (f / "commit.json").unlink(), "No such file"),
     ],
 )
 def test_a_damaged_one_is_named_and_the_one_before_is_taken(
@@ -121,7 +121,7 @@ def test_what_it_belongs_to_and_the_records_come_back(tmp_path: Path) -> None:
 def test_those_of_before_there_was_a_marker_are_taken(tmp_path: Path) -> None:
     save(tmp_path, sample(1))
     edit_state(tmp_path / "step-1", lambda state: [state.pop(key) for key in ("belongs", "files", "format")])
-    (tmp_path / "step-1/commit").unlink()
+    (tmp_path / "step-1/commit.json").unlink()
     assert (load(tmp_path / "step-1").belongs, load(tmp_path / "step-1").files) == ({}, {})
 
 
