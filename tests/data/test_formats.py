@@ -234,6 +234,10 @@ def test_parquet(tmp_path):
     assert "empty" in read(parquet, path)[0][1].why
     with pytest.raises(UserError, match=r"b.parquet: found no readable Parquet file"):
         read(parquet, written(tmp_path / "b.parquet", "nothing of the kind"))
+    broken = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xe3\x28"))
+    pq.write_table(pa.table({"text": broken}), path)
+    with pytest.raises(UserError, match=r"a.parquet: found no readable Parquet file \('utf-8' codec"):
+        read(parquet, path)
 
 
 def test_text_comes_in_blocks_of_lines(tmp_path, monkeypatch):

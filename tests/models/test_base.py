@@ -206,8 +206,8 @@ def _edit(**changes: object) -> Callable[[Path], None]:
         (lambda folder: (folder / "model.safetensors").unlink(), "no weights"),
         (_cut, "cut short or damaged"),
         (_scribbled, "its header is damaged"),
-        (_header(dtype=None), "its header is damaged"),
-        (_header(shape=None), "its header is damaged"),
+        *((_header(**{key: None}), "its header is damaged") for key in ("dtype", "shape")),
+        (_header(dtype="\ud800"), "its header is damaged"),
         (_header(shape=[-64, -64]), "its header is damaged"),
         (_header(data_offsets=[-8, 16]), "its header is damaged"),
         (_header(data_offsets=[]), "its header is damaged"),  # where another tensor lies

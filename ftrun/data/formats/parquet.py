@@ -48,6 +48,6 @@ def _rows(path: Path) -> Records:
                     for record in batch.to_pylist():
                         row += 1
                         yield f"{path}:row {row}", record
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+    except (pa.ArrowException, ValueError, OverflowError, OSError) as error:  # texts and dates that are none, too
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: found no readable Parquet file ({first}), expected one") from error

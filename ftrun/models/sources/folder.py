@@ -58,6 +58,7 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
         text = file.read(length)
     try:
         header = json.loads(text)
+        json.dumps(header, ensure_ascii=False).encode()  # half a surrogate pair can be neither printed nor hashed
         tensors = {k: v for k, v in header.items() if k != "__metadata__"}
         end = _end(tensors)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
