@@ -91,7 +91,7 @@ def _sound(folder: Path) -> dict[str, Any] | None:
         facts = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
         checks = facts["checks"]
         sound = all(_check(folder / f"{name}.bin") == tuple(checks[name]) for name in _ARRAYS)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return facts if sound else None
 

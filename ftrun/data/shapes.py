@@ -244,7 +244,7 @@ def _call(call: dict[str, Any]) -> dict[str, Any]:
     if isinstance(function, dict) and isinstance(function.get("arguments"), str):
         try:
             function["arguments"] = json.loads(function["arguments"])
-        except ValueError:
+        except (ValueError, RecursionError):
             return call
     return call
 
@@ -278,7 +278,7 @@ def _tools(found: Any) -> list[dict[str, Any]] | None:
 def _parse(found: str, key: str) -> Any:
     try:
         return json.loads(found)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RowError(f"{key}: found text that is no JSON ({error}), expected a list or an object") from error
 
 

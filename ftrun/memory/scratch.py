@@ -63,7 +63,7 @@ def _known() -> dict[str, int]:
     try:
         found = json.loads(_path().read_text(encoding="utf-8"))
         return {str(key): int(size) for key, size in found.items()}
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         return {}
 
 

@@ -53,7 +53,7 @@ def digest(path: Path, cache: Path, say: Say, fresh: bool = False) -> FileDigest
 
 
 def _known(note: Path) -> FileDigest | None:
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         found = json.loads(note.read_text(encoding="utf-8"))
         made = FileDigest(found["sha256"], dict(found["tensors"]))
         if re.fullmatch("[0-9a-f]{64}", made.whole) and all(map(_TENSOR.fullmatch, made.tensors.values())):

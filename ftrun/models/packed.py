@@ -37,7 +37,7 @@ class PackedWeight:
         text = bytes(read(f"{self.key}{_STATE}{self.kind}").tolist())
         try:
             return dict(json.loads(text))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{self.key}{_STATE}{self.kind}: damaged: {error}") from None
 
     def storage(self, read: Read) -> FourBit:

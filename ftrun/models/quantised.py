@@ -53,7 +53,8 @@ class Cached:
                 if zlib.crc32(raw(tensor)) != sums[name]:
                     raise Damaged(f"the bytes of {name} changed")
                 take(name, tensor)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # UserError is a ValueError
+        # UserError is a ValueError
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise Damaged(str(error)) from error
 
     def discard(self) -> None:

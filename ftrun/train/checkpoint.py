@@ -129,7 +129,7 @@ def load(path: Path) -> Checkpoint:
         return Checkpoint(progress, optimiser_meta=state["optimiser"], belongs=belongs, files=files, **parts)
     except KeyError as error:
         raise UserError(f"{path}: the checkpoint is damaged: it lacks {error}") from error
-    except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise UserError(f"{path}: the checkpoint is damaged: {error}") from error
 
 

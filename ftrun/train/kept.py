@@ -91,7 +91,8 @@ class OnDisk:
         found: dict[int, int] = {}
         if lines and lines[0] == json.dumps({"of": head}):
             for line in lines[1:]:
-                with contextlib.suppress(ValueError, TypeError, AttributeError):  # torn or damaged: computed again
+                # torn or damaged: computed again
+                with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
                     found |= {int(place): int(total) for place, total in json.loads(line).items()}
             self._journal = path.open("a", encoding="utf-8")
             return found

@@ -105,6 +105,7 @@ def test_sharegpt_tools():
         ({"question": "Q\ud800", "answer": "A"}, "question: found half a character at position 2"),
         ({"messages": []}, "found no messages"),
         ({"messages": "hello"}, "messages: found text that is no JSON"),
+        ({"messages": "[" * 100_000}, "messages: found text that is no JSON"),
         ({"messages": {"role": "user"}}, "messages: found an object, expected a list of messages"),
         ({"messages": ["hi"]}, r"messages\[0\]: found text, expected a message"),
         ({"messages": [{"role": "asistant", "content": "A"}]}, "found the role 'asistant'.*Did you mean 'assistant'"),

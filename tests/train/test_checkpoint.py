@@ -65,6 +65,7 @@ def flip_a_byte(folder: Path) -> None:
         (lambda f: edit_state(f, lambda s: s.pop("files")), "lacks 'files'"),
         (lambda f: edit_state(f, lambda s: s["files"].pop("trained.safetensors")), "no hash of its tensors"),
         (lambda f: (f / "commit.json").unlink(), "No such file"),
+        (lambda f: (f / "state.json").write_text('{"a":' * 20_000), "recursion"),
     ],
 )
 def test_a_damaged_one_is_named_and_the_one_before_is_taken(

@@ -85,7 +85,7 @@ def _files(options: Options) -> list[Path]:
 def _read(file: Path) -> dict:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{file}: found no readable JSON ({error}), expected what datasets.save_to_disk writes"
         ) from error

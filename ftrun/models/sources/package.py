@@ -61,7 +61,7 @@ def find(requirement: str) -> Path:
 
 def at_hand(requirement: str, folder: Path) -> bool:
     """Whether `folder` holds this package's model, converted in full."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         whole = (folder / "model.safetensors").is_file()
         return whole and json.loads((folder / "source.json").read_text()) == _stamp(requirement)
     return False
