@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from ftrun.compose import compose
-from ftrun.runs import open_run
+from ftrun.tasks.desk import Caller, Desk
 from ftrun.tasks.rank import work
 from ftrun.train.ranks import end, join
 
@@ -21,12 +21,11 @@ def main(folder: Path, overrides: list[str]) -> None:
     for name in ("whole", "cut"):
         out = folder / name
         job = compose([*overrides, f"out={out}"])
-        if os.environ["RANK"] == "0":
-            if name == "cut":
-                later = shutil.ignore_patterns("step-4", "result.json", "adapter")
-                shutil.copytree(folder / "whole", out, ignore=later)
-            open_run(out, job.as_dict(), job.resume).release()
-        work(out, job)
+        if name == "cut" and os.environ["RANK"] == "0":
+            later = shutil.ignore_patterns("step-4", "result.json", "adapter")
+            shutil.copytree(folder / "whole", out, ignore=later)
+        with Desk(job) as desk:  # of this rank's own
+            work(out, Caller(desk.name))
         join("cpu").wait()
 
 
