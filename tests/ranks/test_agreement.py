@@ -23,7 +23,7 @@ from tests.train.test_checkpoint import sample
 def keeper(folder: Path, base: str = "abc") -> Keeper:
     """One that keeps the checkpoints of a folder, of a base with this hash."""
     parts = SimpleNamespace(base=SimpleNamespace(hash=lambda: base, reference="base"))
-    return Keeper(Run(folder, False, (), None), parts, None, lambda text: None)  # type: ignore[arg-type]
+    return Keeper(Run(folder, False, (), None), None, parts, None, lambda text: None)  # type: ignore[arg-type]
 
 
 @pytest.fixture(autouse=True)
