@@ -12,15 +12,18 @@ ARGS ?=
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c scripts/constraints.txt $(PIP_ARGS)
 
 .NOTPARALLEL:
-.PHONY: help run test bench check setup clean
+.PHONY: help run test test-all bench check setup clean
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1	/' | expand -t 15
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1	/' | expand -t 19
 
 run: setup ## train the main job (ftrun method=qlora rank=16); ARGS="steps=50" for more
 	@$(BIN)/ftrun $(JOB) $(ARGS)
 
-test: setup ## the tests, on two cores; ARGS="-n 0 tests/kernels" for some of them, one after the other
+test: setup ## the tests but for slow ones, on two cores; ARGS="-n 0 tests/kernels" for some of them, one after the other
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" $(ARGS)
+
+test-all: setup ## all tests, as CI runs them
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: setup ## speed and memory against the peers; BENCH_DATA=rows.jsonl for other rows than the bundled

@@ -16,6 +16,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench(tmp_path_factory.mktemp("matrix"), depth=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SAMPLE, ids=str)
 def test_planned_is_measured(case: Case, bench: Bench) -> None:
     """The matrix allows 2 % in one job of ten; each of these few must be within the tighter bound."""

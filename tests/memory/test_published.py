@@ -28,6 +28,7 @@ def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     return {row["id"]: row["error_percent"] for row in json.loads(out.read_text(encoding="utf-8"))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS)
 def test_the_planned_peak_is_the_measured_one(row: str, errors: dict[str, float]) -> None:
     assert abs(errors[row]) <= ROWS[row]

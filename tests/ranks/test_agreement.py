@@ -91,6 +91,7 @@ def test_the_best_weights_are_taken_by_all_ranks_or_by_none(tmp_path: Path) -> N
     assert pair(work) == [[False, 0]] * 2
 
 
+@pytest.mark.slow
 def test_the_cache_is_what_the_first_rank_finds_in_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

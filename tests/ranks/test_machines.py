@@ -7,10 +7,14 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from ftrun.train.rendezvous import _answers
 from tests.jobs import overrides, tiny_base, write_rows
 from tests.ranks.test_launch import free_port
 from tests.ranks.test_runs import STEADY, lines
+
+pytestmark = pytest.mark.slow
 
 WAIT = 600  # seconds at most, on a machine with much else to do
 

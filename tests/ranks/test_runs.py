@@ -20,6 +20,8 @@ from ftrun.tasks import train
 from ftrun.train.launch import launch
 from tests.jobs import overrides, tiny_base, tiny_job, write_rows
 
+pytestmark = pytest.mark.slow
+
 STEADY = ("optim.schedule=constant", "optim.warmup=0", "micro_batch=1", "eval.retention=0", "eval.max_new_tokens=0")
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from ftrun.runs import read_json
@@ -93,6 +94,7 @@ def test_a_verdict_against_it_ends_a_run(tmp_path: Path) -> None:
     assert (read_json(tmp_path / "one" / "result.json") or {})["steps"] == 2
 
 
+@pytest.mark.slow
 def test_several_devices_stop_where_they_are_asked_to(tmp_path: Path) -> None:
     channel, more = Told(), ("devices=2", "eval.retention=0")
     told = Worker(channel).train(request(tmp_path, "one", *more, until=2, rungs=[1, 2], asks=True))
