@@ -7,6 +7,8 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.studies.small import alive, descendants, events, ftrun, kill_all, started, typed, wait_for
 from tests.studies.test_run import ends, table
 
@@ -17,6 +19,7 @@ def _begun(folder: Path, count: int) -> bool:
     return sum(e["event"] == "begin" for e in events(folder)) >= count
 
 
+@pytest.mark.slow
 def test_twelve_jobs_killed_three_times_end_as_if_they_never_were(tmp_path: Path) -> None:
     """SIGKILL to everything: as the first job trains, between two jobs, and as a later one trains."""
     axes = ("rank=1,2,3,4,6,8", "layers=all,first:1", "steps=2", "micro_batch=4", "checkpointing=none")
@@ -48,6 +51,7 @@ def _training(study: Path, count: int) -> bool:
     return len(begun) >= count and any(file.exists() and file.stat().st_size for file in files)
 
 
+@pytest.mark.slow
 def test_a_lost_worker_is_a_row_and_the_rest_goes_on(tmp_path: Path) -> None:
     study = tmp_path / "study"
     process = started(typed(tmp_path, "rank=2,4", "steps=6"), tmp_path / "log")
@@ -66,6 +70,7 @@ def test_a_lost_worker_is_a_row_and_the_rest_goes_on(tmp_path: Path) -> None:
     assert [r["status"] for r in table(study)] == ["finished"] * 2
 
 
+@pytest.mark.slow
 def test_an_interrupt_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
     study = tmp_path / "study"
     command = typed(tmp_path, "rank=2,4", "steps=400")

@@ -98,6 +98,7 @@ def test_it_finds_the_two_layers_that_can_solve_the_task(tmp_path: Path, faint: 
     assert all((place["norm"] > 0) == (faint is not None) for place in others)
 
 
+@pytest.mark.slow
 def test_modules_under_a_budget_of_bytes_and_a_study_that_goes_on(tmp_path: Path) -> None:
     base, rows = tiny_base(tmp_path / "llama"), write_rows(tmp_path / "rows.jsonl")
     study = tmp_path / "study"
@@ -120,6 +121,7 @@ def test_modules_under_a_budget_of_bytes_and_a_study_that_goes_on(tmp_path: Path
     assert [e["note"] for e in events(study)[len(before) :] if e["event"] == "trial"] == ["random 2"]
 
 
+@pytest.mark.slow
 def test_a_budget_that_leaves_no_choice_and_a_method_without_layers(tmp_path: Path) -> None:
     base, rows = tiny_base(tmp_path / "llama"), write_rows(tmp_path / "rows.jsonl")
     job = ("steps=2", "seq_len=128", "batch=4", "data.held_out=4")

@@ -317,6 +317,7 @@ def test_every_objective_is_taken() -> None:
     assert made(["search=optuna", "rank=4,8", f"search.objectives=[{','.join(OBJECTIVES)}]"]).ask() is not None
 
 
+@pytest.mark.slow
 def test_real_jobs_killed_in_the_middle_go_on_with_the_same_trials(tmp_path: Path) -> None:
     axes = ("search=optuna", "trials=7", "search.startup=3", TWO, "lr=tag(log,interval(1e-4,1e-1))", "rank=2,4,8")
     unbroken = ftrun(typed(tmp_path, *axes, f"out={tmp_path / 'whole'}"))
@@ -333,6 +334,7 @@ def test_real_jobs_killed_in_the_middle_go_on_with_the_same_trials(tmp_path: Pat
     assert _came_to(tmp_path / "killed") == _came_to(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_real_jobs_are_stopped_by_a_pruner(tmp_path: Path) -> None:
     """A threshold that only the larger rate gets under."""
     rates = ("lr=1e-6,3e-2", "search.sampler=bruteforce", "trials=2", "steps=8", "eval.every=4")

@@ -48,6 +48,7 @@ def steps_of(run: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_eight_jobs_over_two_workers_that_are_killed(tmp_path: Path) -> None:
     """One of Ray's own processes, one that trains, and in the end all of the study at once."""
     study = tmp_path / "study"
@@ -105,6 +106,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     wait_for(lambda: not any(alive(p) for p in children), 30)
 
 
+@pytest.mark.slow
 def test_a_running_cluster_by_its_address(tmp_path: Path, cluster: str) -> None:
     own = ("launcher=ray", f"launcher.address={cluster}", "launcher.cpus=1")
     done = apart(typed(tmp_path, "device=cpu,a100-80gb", *own))
