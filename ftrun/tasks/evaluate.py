@@ -177,11 +177,11 @@ def _drop(measuring: Measuring, job: Job, factor: float) -> dict[str, Any] | Non
 def _facts(tuned: Tuned, job: Job) -> dict[str, Any]:
     """Which run this is, on which base, and in what that base differs from the one it was trained on."""
     base, scheme = tuned.parts.base, tuned.parts.quantiser.scheme()
-    result = read_json(tuned.run / "result.json") or {}
+    recorded = (read_json(tuned.run / "result.json") or {}).get("base")
     return {
         "run": str(tuned.run),
         "job": job.choices,
-        "base": {**(result.get("base") or base.describe()), "quantisation": scheme},
+        "base": {**(recorded if isinstance(recorded, dict) else base.describe()), "quantisation": scheme},
         "seed": job.seed,
         "eval": dataclasses.asdict(job.eval.options),
         "drifts": tuned.drifts,

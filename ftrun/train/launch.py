@@ -36,11 +36,13 @@ class Nodes:
 def nodes_of(nnodes: int | None, endpoint: str | None, environment: Mapping[str, str]) -> Nodes:
     """Where the job's machines meet: as asked for, else as Slurm's environment has it, else this machine alone.
 
-    Raises UserError where several machines are asked for without a place to meet.
+    Raises UserError where several machines are asked for without a place to meet, or a place for one machine alone.
     """
     slurm = _of_slurm(environment)
     count = nnodes or (slurm.count if slurm else 1)
     if count == 1:
+        if endpoint:
+            raise UserError(f"rdzv_endpoint={endpoint}: has no effect on one machine; give nnodes=2 or more")
         return Nodes()
     place = endpoint or (slurm.endpoint if slurm else "")
     if not place:

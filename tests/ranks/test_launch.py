@@ -34,6 +34,8 @@ def test_where_machines_meet() -> None:
     assert nodes_of(2, "gpu1:29400", {}) == Nodes(2, "gpu1:29400", "gpu1-29400")
     with pytest.raises(UserError, match="rdzv_endpoint"):
         nodes_of(2, None, {})
+    with pytest.raises(UserError, match=r"rdzv_endpoint=gpu1:29400: has no effect on one machine; give nnodes=2"):
+        nodes_of(None, "gpu1:29400", {})
 
 
 def test_a_batch_script_is_one_machine_and_not_one_of_its_jobs() -> None:
