@@ -163,6 +163,7 @@ def test_a_clock_that_jumps_moves_no_checkpoint(tmp_path: Path, monkeypatch: pyt
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-3"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
 def test_a_server_that_takes_calls_and_never_answers(tmp_path: Path) -> None:
     """A tracker's network hangs: the run trains, ends and leaves in time, and says that it did without."""

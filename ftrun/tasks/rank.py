@@ -40,10 +40,24 @@ def main(run: Path, desk: str) -> int:
         import traceback
 
         traceback.print_exc()
-        code, message = worded(error)
+        code, message = _worded(error)
         # it may be the echo of another rank's end, whose word then comes first: the clock's seconds are too coarse
         return _leave_word(message, code, later=1)
     return 0
+
+
+def _worded(error: Exception) -> tuple[int, str]:
+    """As ftrun.errors has it; what the end of another rank causes here says so."""
+    from ftrun.train.ranks import lost_touch
+
+    code, message = worded(error)
+    if not lost_touch(error):
+        return code, message
+    own = os.environ.get("RANK", "?")
+    return RunFailed.exit_code, (
+        f"rank {own} lost touch with another: that one has ended, or its machine cannot be reached; its own words are "
+        f"there ({message})"
+    )
 
 
 def _leave_word(message: str, code: int, later: int = 0) -> int:

@@ -135,6 +135,12 @@ def join(kind: str) -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
+def lost_touch(error: BaseException) -> bool:
+    """Whether a message failed for want of a process at its other end: over NCCL or the store an error of torch's own,
+    over gloo one that names its source file."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
+
+
 def end(code: int) -> NoReturn:
     """Ends this process, its connections as they are.
 

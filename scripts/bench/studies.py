@@ -1,7 +1,8 @@
 """What a study costs beside its training: short trials in one, against as many separate calls of the command.
 
 The bound: the study's wall time over the trials' own training time and one start-up. A trial's training time is that of
-its steps alone (result.json), a start-up what one separate call takes beside its steps.
+its steps alone (result.json), a start-up what one separate call takes beside its steps. `--set steps=10` for fewer
+steps of each trial than 30, where those take long.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ def run(steps: int, folder: Path, cache: Path, more: Sequence[str], say: Callabl
     env = sides.environment(cache)
     sides.call(["steps=1", *job[:1], *job[2:], f"out={folder / 'warm'}"], env)  # caches are warm for both
     wall = sides.call(["-m", *AXES, *job, f"out={folder / 'study'}"], env)
-    inside = [_seconds(run) for run in sorted((folder / "study" / "runs").iterdir())]
+    runs = sorted((folder / "study" / "runs").iterdir())
+    inside, taken = [_seconds(run) for run in runs], int(_result(runs[0])["steps"])
     apart, alone = [], []
     for number, point in enumerate(_POINTS):
         out = folder / f"alone-{number}"
@@ -35,7 +37,7 @@ def run(steps: int, folder: Path, cache: Path, more: Sequence[str], say: Callabl
     start_up = statistics.median(w - t for w, t in zip(apart, alone, strict=True))
     made = {
         "trials": len(inside),
-        "steps": steps,
+        "steps": taken,
         "study_seconds": wall,
         "training_seconds": sum(inside),
         "start_up_seconds": start_up,
@@ -44,7 +46,7 @@ def run(steps: int, folder: Path, cache: Path, more: Sequence[str], say: Callabl
         "against_separate": sum(apart) / wall,
     }
     say(
-        f"  {len(inside)} trials of {steps} steps: {wall:.1f} s; their training {sum(inside):.1f} s and one start-up "
+        f"  {len(inside)} trials of {taken} steps: {wall:.1f} s; their training {sum(inside):.1f} s and one start-up "
         f"{start_up:.1f} s: × {made['overhead']:.3f}. As {len(apart)} separate calls {sum(apart):.1f} s: "
         f"× {made['against_separate']:.2f}"
     )
@@ -52,4 +54,9 @@ def run(steps: int, folder: Path, cache: Path, more: Sequence[str], say: Callabl
 
 
 def _seconds(run: Path) -> float:
-    return float(json.loads((run / "result.json").read_text(encoding="utf-8"))["seconds"])
+    return float(_result(run)["seconds"])
+
+
+def _result(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run / "result.json").read_text(encoding="utf-8"))
+    return found

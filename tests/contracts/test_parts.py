@@ -43,6 +43,7 @@ def test_quantisers(tmp_path: Path, quant: str) -> None:
 
 
 @pytest.mark.parametrize("optim", choices_of("optim"))
+@pytest.mark.few(4)
 def test_optimisers(tmp_path: Path, optim: str) -> None:
     task.run(tiny_job(tmp_path, "method=lora", f"optim={optim}", *STEPS))
     assert result(tmp_path)["loss_last"] > 0
@@ -135,6 +136,7 @@ def test_formats(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("recipe", choices_of("recipe"))
+@pytest.mark.few(2)
 def test_recipes(tmp_path: Path, recipe: str) -> None:
     """Each recipe as it stands, on a tiny base and few steps."""
     job = tiny_job(tmp_path, f"recipe={recipe}", "data.topics=[ai]", "steps=2", "eval.max_new_tokens=0")

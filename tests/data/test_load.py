@@ -332,6 +332,7 @@ def test_ten_thousand_chats_take_seconds(tmp_path, smollm2):
     assert time.process_time() - start < 3
 
 
+@pytest.mark.slow
 def test_a_large_file_streams(tmp_path):
     import resource
 

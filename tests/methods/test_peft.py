@@ -76,6 +76,7 @@ def test_our_adapter_loads_in_peft_with_the_same_logits(case: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.few(8)
 def test_the_losses_of_ten_steps_are_the_same(case: str, tmp_path: Path) -> None:
     t = ours(case)
     referee = theirs(t, tmp_path)

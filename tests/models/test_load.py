@@ -314,6 +314,7 @@ def big_folder(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_host_memory_stays_under_the_quantised_size_and_a_shard(tmp_path):
     folder = big_folder(tmp_path / "big")
     shards = [p.stat().st_size for p in folder.glob("*.safetensors")]

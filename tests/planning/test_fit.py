@@ -62,6 +62,7 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return overrides(base, write_rows(folder / "rows.jsonl"), "method=lora", "rank=4", "model.dtype=bfloat16")
 
 
+@pytest.mark.slow
 def test_on_the_device_at_hand_speed_is_measured(line: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     code, found = fit(capsys, *line, "quants=[none,nf4]", "checkpointing=all")
     assert code == 0
@@ -91,6 +92,7 @@ def test_layers_without_anything_to_train_are_not_measured_alone(
     assert found["speed"]["error"] is not None
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_says_so_and_loses(capsys: pytest.CaptureFixture[str]) -> None:
     common = ["model=llama-7b", "method=lora", "rank=8", "seq_len=256", "batch=2"]
     code, found = fit(capsys, *common, "device=12gb", "quants=[none,nf4]", "ranks=[4]")

@@ -36,6 +36,7 @@ STACKS: list[tuple[str, dict[str, int], list[str], int]] = [
 
 
 @pytest.mark.parametrize(("family", "sizes", "more", "recomputed"), STACKS)
+@pytest.mark.few(3)
 def test_few_layers_extended_equal_all_layers(
     family: str, sizes: dict[str, int], more: list[str], recomputed: int, tmp_path: Path
 ) -> None:
@@ -74,6 +75,7 @@ MEASURED = [
 
 
 @pytest.mark.parametrize(("more", "where", "step"), MEASURED)
+@pytest.mark.few(2)
 def test_a_run_measures_what_was_planned(
     more: list[str], where: str, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

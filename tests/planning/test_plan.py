@@ -120,6 +120,7 @@ STACKS = [
 @pytest.mark.parametrize(
     ("family", "sizes", "more"), STACKS, ids=lambda v: "-".join(v) if isinstance(v, list) else None
 )
+@pytest.mark.few(6)
 def test_few_layers_extended_equal_all_layers(family: str, sizes: dict, more: list[str], tmp_path: Path) -> None:
     """Byte for byte, in every instant and every role."""
     tiny_base(tmp_path / family, family, **sizes)
@@ -191,6 +192,7 @@ MEASURED = [
 
 
 @pytest.mark.parametrize("more", MEASURED, ids="-".join)
+@pytest.mark.few(3)
 def test_a_run_measures_what_was_planned(more: list[str], tmp_path: Path) -> None:
     job = tiny_job(tmp_path, *more, "steps=6", "eval=none")
     assert train_task.run(job) == 0

@@ -66,3 +66,24 @@ def come(port: int) -> None:
     while not _answers("localhost", port):
         assert time.monotonic() < until
         time.sleep(0.1)
+
+
+def test_a_lost_machine_is_told_of_on_the_other(tmp_path: Path) -> None:
+    base, rows, port = tiny_base(tmp_path / "llama"), write_rows(tmp_path / "rows.jsonl"), free_port()
+    more = ("method=lora", *STEADY, "devices=2", "nnodes=2", f"rdzv_endpoint=localhost:{port}", "steps=100000")
+    command = [sys.executable, "-m", "ftrun", *overrides(base, rows, *more, f"out={tmp_path / 'run'}")]
+    here = machine(tmp_path / "here", command)
+    come(port)
+    there = machine(tmp_path / "there", command)
+    until = time.monotonic() + WAIT
+    while not (tmp_path / "run/metrics.jsonl").exists() or not lines(tmp_path / "run/metrics.jsonl"):
+        assert time.monotonic() < until
+        time.sleep(0.2)
+    there.kill()  # its worker goes with it
+    gone = time.monotonic()
+    said = here.communicate(timeout=WAIT)[0]
+    assert time.monotonic() - gone < 60
+    assert here.returncode == 4, said
+    assert "lost touch with another" in said.splitlines()[-1], said
+    assert "Traceback" not in said.splitlines()[-1]
+    there.communicate(timeout=WAIT)

@@ -19,6 +19,7 @@ CASES = [("lora", "float32"), ("qlora", "float32"), ("full", "float32"), ("lora"
 
 
 @pytest.mark.parametrize(("method", "dtype"), CASES)
+@pytest.mark.few(2)
 def test_two_processes_give_the_gradients_of_one(tmp_path: Path, method: str, dtype: str) -> None:
     """Rows of unequal lengths, an epoch's last batch of three rows for two ranks of two rows each."""
     base, rows = tiny_base(tmp_path / "llama"), write_rows(tmp_path / "rows.jsonl", count=27)

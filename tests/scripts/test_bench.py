@@ -354,3 +354,26 @@ def test_further_overrides_are_ours_alone() -> None:
     asked = Asked(1, 3, 8, None, None, ("micro_batch=4",))
     assert more(CASES["lora"].ours, asked).more == ("micro_batch=4",)
     assert more(CASES["lora"].other, asked) == Side("trl")
+
+
+# --- several processes ---
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_say_for_how_long_a_message_is_under_way(
+    strategy: str, base: Path, data: Path, tmp_path: Path
+) -> None:
+    from scripts.bench import ranks
+    from scripts.bench.prepare import prepare
+
+    prepare(CASES["lora"], STEPS, 8, str(data), tmp_path, str(base))
+    side = replace(Side("ftrun"), more=ranks.KINDS[strategy])
+    told = {"overrides": sides.overrides(side, CASES["lora"], STEPS, tmp_path, str(base)), "processes": 2}
+    command = [sys.executable, "-m", "scripts.bench.wire", json.dumps({**told, "out": str(tmp_path / "out.json")})]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["messages"] >= (2 if strategy == "fsdp" else 1)  # fsdp gathers each layer, ddp sums once
+    assert 0 < found["wire_s"] < found["profiled_s"]
+    assert found["share"] == pytest.approx(found["wire_s"] / found["profiled_s"])

@@ -203,6 +203,7 @@ def test_a_run_that_was_left_tells_the_loss_of_that_step(tmp_path: Path) -> None
     assert "rung_loss" not in figures_of(tmp_path)  # the untuned base's is none
 
 
+@pytest.mark.slow
 def test_real_jobs_climb_and_the_winner_is_what_it_is_alone(tmp_path: Path) -> None:
     command = typed(
         tmp_path, "search=halving", "steps=8", "search.first=2", "search.factor=2", "rank=2,4", "lr=1e-5,2e-2",

@@ -94,6 +94,7 @@ def test_two_jobs_side_by_side_where_both_fit(tmp_path: Path) -> None:
     assert len(list((tmp_path / "study" / "workers").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_two_jobs_one_after_the_other_where_both_do_not_fit(tmp_path: Path) -> None:
     """A ceiling that one job fits under and two do not."""
     done = ftrun(typed(tmp_path, "rank=2,4", "steps=10", "launcher.workers=2", "device.memory=700MB"))

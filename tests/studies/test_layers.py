@@ -76,6 +76,7 @@ def sets(study: Path) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("faint", [None, 0.1], ids=["the others are shut", "the others have gradients too"])
+@pytest.mark.few(1)
 def test_it_finds_the_two_layers_that_can_solve_the_task(tmp_path: Path, faint: float | None) -> None:
     base, rows = planted(tmp_path / "base", faint), questions(tmp_path / "rows.jsonl")
     done = ftrun(typed(base, rows, "budget=2", f"out={tmp_path / 'study'}"))

@@ -155,6 +155,7 @@ def test_lines_after_a_torn_one_are_whole(tmp_path: Path, torn: bytes) -> None:
     assert read_lines(path)[0] == [{"n": 1}, {"n": 2}]
 
 
+@pytest.mark.slow
 def test_a_real_worker_asks_at_its_rungs_and_goes_on_where_it_was_left(tmp_path: Path) -> None:
     job = tiny_job(tmp_path, "method=lora", "rank=2", "steps=8", "eval.max_new_tokens=0", "save_every=null")
     meeting = Meeting(tmp_path / "tasks")

@@ -60,6 +60,7 @@ def test_every_combination_runs_and_ends_in_a_table_and_a_page(tmp_path: Path) -
     assert len(table(study)) == 6
 
 
+@pytest.mark.slow
 def test_a_trial_is_what_the_same_job_alone_is(tmp_path: Path) -> None:
     """Two jobs in one warm worker, the second over the base that the first has left: bit for bit as alone."""
     done = ftrun(typed(tmp_path, "method=qlora,qdora", "launcher.workers=1"))
@@ -137,6 +138,7 @@ def test_equal_points_run_once(tmp_path: Path) -> None:
     assert [r["status"] for r in table(tmp_path / "study")] == ["finished", "same"]
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_study_writes_nothing(tmp_path: Path) -> None:
     command = typed(tmp_path, "rank=2,4", "method=lora,houlsby")
     done = ftrun(["plan", "format=json", *command])

@@ -192,6 +192,7 @@ def test_a_result_that_cannot_be_read_is_a_reason(tmp_path: Path, told: bytes) -
     assert str(_reason(SimpleNamespace(paths=SimpleNamespace(result_pickle=path)))).startswith(f"{path}: not readable")
 
 
+@pytest.mark.slow
 def test_jobs_outlive_a_killed_study_and_are_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed before it hears what number its jobs have, and again before it has noted it."""
     for name, value in with_slurm(tmp_path / "slurm").items():
@@ -223,6 +224,7 @@ def test_jobs_outlive_a_killed_study_and_are_found_again(tmp_path: Path, monkeyp
     assert json.loads((study / "slurm" / "jobs.json").read_text()) == {}
 
 
+@pytest.mark.slow
 def test_a_job_out_of_time_goes_on_and_an_interrupt_ends_them_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,6 +251,7 @@ def test_a_job_out_of_time_goes_on_and_an_interrupt_ends_them_all(
     assert json.loads((study / "slurm" / "jobs.json").read_text()) == {}
 
 
+@pytest.mark.slow
 def test_without_slurm_here_a_lost_job_is_tried_again_and_none_outlives_the_study(tmp_path: Path) -> None:
     study = tmp_path / "study"
     own = ("launcher=slurm", "launcher.cluster=local", "launcher.array=2", "launcher.cpus_per_task=1")

@@ -87,6 +87,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(case))
+@pytest.mark.few(6)
 def test_transformers_alone_loads_it_and_its_logits_are_ours(case: tuple[str, ...], tmp_path: Path) -> None:
     family, *more = case
     trained(tmp_path, *more, family=family)
@@ -121,6 +122,7 @@ QUANTISED = [
 
 
 @pytest.mark.parametrize("case", QUANTISED, ids=lambda case: "-".join(case))
+@pytest.mark.few(3)
 def test_over_a_quantised_base_each_target_is_what_it_says(case: tuple[str, ...], tmp_path: Path) -> None:
     family, *more = case
     trained(tmp_path, "rank=4", *more, family=family)
@@ -275,6 +277,7 @@ def test_unmerged_in_memory_the_very_weights_are_back(method: str, tmp_path: Pat
         ("method=qlora", ["gguf=f16", "into=requantised"], "llama.cpp reads plain weights"),
     ],
 )
+@pytest.mark.few(4)
 def test_what_cannot_be_is_said_and_nothing_is_written(
     method: str, more: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

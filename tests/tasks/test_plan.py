@@ -39,6 +39,7 @@ def test_it_prints_one_json_object(line: list[str], capsys: pytest.CaptureFixtur
     assert 1 <= len(found["savings"]) <= 3
 
 
+@pytest.mark.slow
 def test_a_saving_is_what_the_plan_of_the_change_says(line: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     _, found = planned(capsys, *line, "micro_batch=4", "checkpointing=none")
     for saving in found["savings"]:
@@ -50,6 +51,7 @@ def test_a_saving_is_what_the_plan_of_the_change_says(line: list[str], capsys: p
         assert saving["saved_bytes"] == found["needed_bytes"] - saving["needed_bytes"]
 
 
+@pytest.mark.slow
 def test_a_job_that_does_not_fit_prints_in_full_and_exits_with_3(
     line: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -108,6 +110,7 @@ def test_a_job_that_does_not_fit_is_refused_before_anything_is_made(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_refusal_names_settings_that_fit(
     line: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -37,6 +37,7 @@ def recomputed_layers(parts: Any) -> list[int]:
 @pytest.mark.parametrize("kernels", ["fast", "reference"])
 @pytest.mark.parametrize("recomputed", [0, 1, DEPTH])
 @pytest.mark.parametrize("more", METHODS, ids="-".join)
+@pytest.mark.few(8)
 def test_nothing_below_is_recorded(tmp_path: Path, more: list[str], recomputed: int, kernels: str) -> None:
     job, parts, work = built(
         tmp_path, *more, f"layers=last:{DEPTH - BELOW}", f"kernels={kernels}", recomputed=recomputed

@@ -56,6 +56,7 @@ SAME = [
 
 
 @pytest.mark.parametrize("method", SAME, ids="-".join)
+@pytest.mark.few(1)
 def test_the_same_training_with_and_without(tmp_path: Path, method: tuple[str, ...]) -> None:
     common = (*method, "lr=1e-3", *LORA[3:])
     runs = [ran(tmp_path, where, *common, f"keep_prefix={where}") for where in ("none", "memory", "disk")]
@@ -72,6 +73,7 @@ def test_the_same_training_with_and_without(tmp_path: Path, method: tuple[str, .
 
 
 @pytest.mark.parametrize(("where", "steps"), [("memory", 4), ("memory", 13), ("disk", 4), ("disk", 9), ("disk", 22)])
+@pytest.mark.few(2)
 def test_a_run_that_was_stopped_ends_byte_for_byte_as_one_that_was_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, steps: int
 ) -> None:
@@ -130,6 +132,7 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", DAMAGE)
+@pytest.mark.few(2)
 def test_a_damaged_file_is_noticed_and_computed_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str
 ) -> None:

@@ -45,6 +45,7 @@ def built(job):  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize("kernels", ["fast", "reference"])
 @pytest.mark.parametrize("method", ["lora", "dora", "full"])
 @pytest.mark.parametrize("micro_batch", [1, 4, 6])
+@pytest.mark.few(6)
 def test_micro_batches_equal_one_batch(tmp_path: Path, method: str, kernels: str, micro_batch: int) -> None:
     common = (f"method={method}", f"kernels={kernels}")
     loss, whole = first_gradients(tmp_path, *common, "micro_batch=12")
