@@ -144,7 +144,7 @@ def texts(path: Path) -> Path:
 
 
 def model(folder: Path) -> Path:
-    """A random model of 25 million weights with the tests' tokenizer."""
+    """A random model of 24 million weights with the tests' tokenizer."""
     from tests.jobs import tiny_base
 
     return tiny_base(folder, num_key_value_heads=4, **SIZES)
