@@ -134,6 +134,7 @@ def test_secrets_reach_no_file_and_no_message(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux's mount")
+@pytest.mark.slow
 def test_a_cache_that_is_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Mounted read-only, so that it holds for root as well: the run goes without it, or says so in one line."""
     cache = tmp_path / "cache"

@@ -312,6 +312,7 @@ def test_a_format_from_outside_needs_records_alone(tmp_path, tokenizer):
     )
 
 
+@pytest.mark.slow
 def test_ten_thousand_chats_take_seconds(tmp_path, smollm2):
     rng = np.random.default_rng(0)
     words = small.WORDS.split()

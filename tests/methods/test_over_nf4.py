@@ -56,6 +56,7 @@ def theirs(dtype: torch.dtype) -> Any:
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
+@pytest.mark.few(2)
 def test_the_logits_and_losses_are_pefts(
     kind: str, dtype: torch.dtype, tolerance: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

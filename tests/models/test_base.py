@@ -348,6 +348,7 @@ def test_the_embedded_default_is_converted_once(smollm2: tuple[Base, list[str]])
     assert oct(base.folder.parent.stat().st_mode)[-3:] == "700"
 
 
+@pytest.mark.slow
 def test_the_embedded_defaults_weights_are_transformers_own(smollm2: tuple[Base, list[str]]) -> None:
     """Equal to the last bit to what transformers makes of the GGUF file, and the logits with them."""
     from transformers import AutoModelForCausalLM

@@ -83,6 +83,7 @@ def test_on_the_device_at_hand_speed_is_measured(line: list[str], capsys: pytest
 
 
 @pytest.mark.parametrize("more", ["layers=last:2", "method=prompt"])
+@pytest.mark.few(1)
 def test_layers_without_anything_to_train_are_not_measured_alone(
     more: str, line: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -111,6 +112,7 @@ def test_the_choice_is_one_that_trains(line: list[str], tmp_path: Path, capsys: 
     assert main([*kept, *found["best"], "steps=1", "eval=none", f"out={tmp_path / 'run'}"]) == 0
 
 
+@pytest.mark.slow
 def test_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
     common = ["model=llama-7b", "method=lora", "rank=8", "seq_len=64", "batch=1"]
     code, found = fit(capsys, *common, "device=cuda", "device.memory=2GB", "quants=[nf4]")

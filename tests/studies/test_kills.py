@@ -86,6 +86,7 @@ def test_an_interrupt_saves_and_the_same_command_goes_on(tmp_path: Path) -> None
     assert list((run / "checkpoints").glob("step-*"))
 
 
+@pytest.mark.slow
 def test_two_jobs_side_by_side_where_both_fit(tmp_path: Path) -> None:
     done = ftrun(typed(tmp_path, "rank=2,4", "steps=40", "launcher.workers=2"))
     assert done.returncode == 0, done.stderr

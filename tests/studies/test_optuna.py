@@ -365,6 +365,7 @@ def test_a_mistake_in_what_all_trials_share_is_told_at_once(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("seed", "fits"), [(0, {True, False}), (4, {False})])
+@pytest.mark.few(1)
 def test_the_plan_shows_the_draws_that_are_certain(tmp_path: Path, seed: int, fits: set[bool]) -> None:
     """Some of them are no jobs, or all of them: nobody refuses the rest for it."""
     axes = ("rank=2,4", "method=houlsby,lora", "search.startup=3", "trials=6", f"search.seed={seed}")

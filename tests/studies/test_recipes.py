@@ -24,7 +24,7 @@ def test_every_recipe_of_a_study_is_here() -> None:
 
 
 @pytest.mark.parametrize("name", SOME)
-@pytest.mark.few(1)
+@pytest.mark.slow
 def test_it_ends_with_the_figures_that_it_is_about(tmp_path: Path, name: str) -> None:
     base = tiny_base(tmp_path / "llama", num_hidden_layers=12, hidden_size=32, intermediate_size=64)
     points, wanted = SOME[name]

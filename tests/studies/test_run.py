@@ -131,6 +131,7 @@ def test_a_full_disk_is_one_message_and_leaves_nothing_half_written(tmp_path: Pa
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_equal_points_run_once(tmp_path: Path) -> None:
     done = ftrun(typed(tmp_path, "method=lora,qlora", "quant=nf4", "optim=adamw", "checkpointing=none", "rank=4"))
     assert done.returncode == 0, done.stderr

@@ -47,6 +47,7 @@ def lines(file: Path) -> list[str]:
     return [line for line in file.read_text().splitlines() if line.startswith("#SBATCH")]
 
 
+@pytest.mark.slow
 def test_the_files_for_sbatch_are_those_that_submitit_writes(tmp_path: Path) -> None:
     slurm = with_slurm(tmp_path / "slurm")
     own = [

@@ -47,6 +47,7 @@ def carried_out(code: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> dict
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "qlora", "prompt"])
+@pytest.mark.few(2)
 def test_the_snippet_for_peft_gives_our_logits(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = trained(tmp_path, f"method={method}", *([] if method == "prompt" else ["rank=4"]))
     code = next(b for b in blocks(text, "python") if "PeftModel" in b)

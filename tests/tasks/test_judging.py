@@ -86,6 +86,7 @@ def test_a_model_trained_hard_on_other_text_has_lost(
     assert f"retention: the base's own text {before:.2f} → {after:.2f} ({rise:+.2f})" in said
 
 
+@pytest.mark.slow
 def test_the_text_is_written_once_whatever_the_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = ran(tmp_path, "a")
     assert "retention: the base wrote 6 rows" in capsys.readouterr().out
@@ -132,6 +133,7 @@ def test_a_table_of_positions_ends_the_rows(tmp_path: Path) -> None:
     assert 100 < max(len(row) for row in read(texts()[0])["ids"]) <= 256
 
 
+@pytest.mark.slow
 def test_virtual_tokens_stand_before_the_rows_after_training(tmp_path: Path) -> None:
     found = ran(tmp_path, "run", *HARD, "method=prompt", "lr=0.3")["retention"]
     plain = ran(tmp_path, "plain")["retention"]

@@ -101,6 +101,7 @@ def test_mistakes_are_answered(override: str, said: str, line: list[str], capsys
     assert "Traceback" not in text
 
 
+@pytest.mark.slow
 def test_a_job_that_does_not_fit_is_refused_before_anything_is_made(
     line: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

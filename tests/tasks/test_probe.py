@@ -29,6 +29,7 @@ def scores(found: dict[str, Any]) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("optim", "method"), [("optim=adamw", "method=lora"), ("optim=sgd", "method=lora"), ("optim=adamw", "method=full")]
 )
+@pytest.mark.few(1)
 def test_a_score_is_what_the_first_step_there_takes_from_the_loss_of_other_rows(
     tmp_path: Path, optim: str, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,7 +73,7 @@ def test_the_same_training_with_and_without(tmp_path: Path, method: tuple[str, .
 
 
 @pytest.mark.parametrize(("where", "steps"), [("memory", 4), ("memory", 13), ("disk", 4), ("disk", 9), ("disk", 22)])
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_a_run_that_was_stopped_ends_byte_for_byte_as_one_that_was_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, steps: int
 ) -> None:
@@ -132,7 +132,7 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", DAMAGE)
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_a_damaged_file_is_noticed_and_computed_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str
 ) -> None:
@@ -151,6 +151,7 @@ def test_a_damaged_file_is_noticed_and_computed_again(
         assert "were damaged; they are computed again" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_steps_that_run_over_the_end_of_an_epoch(tmp_path: Path) -> None:
     """A job told its steps fills a batch with the next epoch's first rows."""
     common = (*LORA[:4], "steps=20", *LORA[5:], "batch=10", "micro_batch=5")
