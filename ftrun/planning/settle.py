@@ -156,18 +156,20 @@ def notes(job: Job, twin: Twin) -> list[str]:
 
 def _choose(row_counts: list[int], layer_counts: list[int], attempt: Callable[[int, int], Settled]) -> Settled:
     fewest, most = layer_counts[0], layer_counts[-1]
-    busy = None
-    for rows in row_counts:
-        one = attempt(rows, fewest)
-        if one.plan.fits:
-            busy = one
-            break
-    if busy and (fewest == most or busy.micro_batch == row_counts[0] or sum(busy.plan.lengths) >= ENOUGH):
+    if attempt(row_counts[0], fewest).plan.fits:
+        return attempt(row_counts[0], fewest)
+    least = row_counts[-1]
+    if not any(attempt(least, layers).plan.fits for layers in (most, fewest)):
+        return attempt(least, most)  # fewer plans than all between them
+    busy = next((one for rows in row_counts if (one := attempt(rows, fewest)).plan.fits), None)
+    if busy and (fewest == most or sum(busy.plan.lengths) >= ENOUGH):
         return busy
     for rows in row_counts:
+        if busy and rows <= busy.micro_batch:
+            return busy  # computing layers again makes no room for more
         if attempt(rows, most).plan.fits:
             return _fewest(rows, fewest, most, attempt)
-    return attempt(row_counts[-1], most)
+    return attempt(least, most)
 
 
 def _fewest(rows: int, low: int, high: int, attempt: Callable[[int, int], Settled]) -> Settled:
