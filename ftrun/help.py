@@ -212,7 +212,9 @@ def _wrapped(text: str, first: str, rest: str) -> list[str]:
 
 
 def _paragraphs(text: str) -> list[str]:
+    """A docstring's, each wrapped; indented lines, commands and what they do, stand as they are."""
     lines: list[str] = []
     for paragraph in text.split("\n\n"):
-        lines += [*_wrapped(" ".join(paragraph.split()), "", ""), ""]
+        commands = all(line.startswith("  ") for line in paragraph.splitlines())
+        lines += [*(paragraph.splitlines() if commands else _wrapped(" ".join(paragraph.split()), "", "")), ""]
     return lines[:-1]

@@ -294,7 +294,9 @@ class Driver:
 
     def _leave(self) -> None:
         """Let jobs save what they have; a second Ctrl-C ends them as they are."""
-        self.say(f"stopping: {len(self._running)} jobs save a checkpoint (once more to stop at once)")
+        count = len(self._running)
+        who = "1 job saves" if count == 1 else f"{count} jobs save"
+        self.say(f"stopping: {who} a checkpoint (once more to stop at once)")
         self.launcher.stop()
         until = time.monotonic() + _GRACE
         at_work = {name for name, one in self._running.items() if one.since is not None}

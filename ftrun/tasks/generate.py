@@ -1,10 +1,14 @@
 """Answer prompts with a run's tuned model, and with its base beside it.
 
-  ftrun generate run=runs/one prompt="…"                   both answers, the tuned one as it is written
-  ftrun generate run=runs/one                              a conversation; a prompt from a pipe is taken instead
-  ftrun generate run=runs/one prompts=asked.jsonl out=answered.jsonl batch_rows=16
+  ftrun generate run=runs/one prompt="…"
+  ftrun generate run=runs/one
+  ftrun generate run=runs/one prompts=asked.jsonl out=answered.jsonl
   ftrun generate 'adapters={math: runs/a, chat: runs/b}' prompt="…" adapter=math
-  ftrun generate 'adapters={math: runs/a, chat: runs/b}' 'blend={math: 0.7, chat: 0.3}' out=blended
+  ftrun generate 'adapters={math: runs/a, chat: runs/b}' \\
+                 'blend={math: 0.7, chat: 0.3}' out=blended
+
+The first gives both answers, the tuned one as it is written; the second is a conversation, or takes a prompt from a
+pipe; the third answers a file's in batches.
 
 Of several adapters on one base each prompt of a file names its own by `adapter` ("base" is the untuned model), and
 one batch holds them all; a single prompt that names none is answered by each. A blend is the weighted sum of LoRA

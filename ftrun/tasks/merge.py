@@ -158,7 +158,12 @@ class Merging:
     def _measured(self, tuned: Any) -> Any:
         from ftrun.tasks.merging import measure
 
-        return measure(tuned, self.asked.rows) if self.asked.measure else None
+        if not self.asked.measure:
+            return None
+        self.say(
+            "measuring what merging costs, on held-out rows: first the model unmerged (measure=false leaves it out)"
+        )
+        return measure(tuned, self.asked.rows)
 
     def _write(self, output: Any) -> None:
         try:
