@@ -164,12 +164,10 @@ def _choose(row_counts: list[int], layer_counts: list[int], attempt: Callable[[i
     busy = next((one for rows in row_counts if (one := attempt(rows, fewest)).plan.fits), None)
     if busy and (fewest == most or sum(busy.plan.lengths) >= ENOUGH):
         return busy
-    for rows in row_counts:
-        if busy and rows <= busy.micro_batch:
-            return busy  # computing layers again makes no room for more
-        if attempt(rows, most).plan.fits:
-            return _fewest(rows, fewest, most, attempt)
-    return attempt(least, most)
+    rows = next(n for n in row_counts if (busy and n <= busy.micro_batch) or attempt(n, most).plan.fits)
+    if busy and rows <= busy.micro_batch:
+        return busy  # computing layers again makes no room for more
+    return _fewest(rows, fewest, most, attempt)
 
 
 def _fewest(rows: int, low: int, high: int, attempt: Callable[[int, int], Settled]) -> Settled:

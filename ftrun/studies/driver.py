@@ -294,9 +294,7 @@ class Driver:
 
     def _leave(self) -> None:
         """Let jobs save what they have; a second Ctrl-C ends them as they are."""
-        count = len(self._running)
-        who = "1 job saves" if count == 1 else f"{count} jobs save"
-        self.say(f"stopping: {who} a checkpoint (once more to stop at once)")
+        self.say("stopping: each job at work saves a checkpoint (once more to stop at once)")
         self.launcher.stop()
         until = time.monotonic() + _GRACE
         at_work = {name for name, one in self._running.items() if one.since is not None}

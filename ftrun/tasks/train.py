@@ -152,13 +152,13 @@ def on_ranks(job: Job, out: Path, console: Console, watch: Watch | None = None) 
 
 def _nodes(job: Job, watch: Watch | None) -> Nodes:
     """The machines of the job; a study's job has one, wherever the study itself runs."""
-    from ftrun.train.launch import Nodes, nodes_of
+    from ftrun.train.launch import nodes_of
 
     if watch is None:
         return nodes_of(job.nnodes, job.rdzv_endpoint, os.environ)
     if (job.nnodes or 1) > 1:
         raise UserError(f"nnodes={job.nnodes}: each job of a study runs on one machine; train it without -m")
-    return Nodes()
+    return nodes_of(1, job.rdzv_endpoint, {})
 
 
 def default_name(job: Job) -> str:

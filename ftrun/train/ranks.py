@@ -22,6 +22,9 @@ from ftrun.errors import by_code, worded
 
 _PATIENCE = datetime.timedelta(minutes=30)  # for the slowest thing that one rank does alone; a death is seen at once
 
+# gloo's sockets, and NCCL
+_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -136,9 +139,8 @@ def join(kind: str) -> Ranks:
 
 
 def lost_touch(error: BaseException) -> bool:
-    """Whether a message failed for want of a process at its other end: over NCCL or the store an error of torch's own,
-    over gloo one that names its source file."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
+    """Whether a message failed because the process at its other end is gone."""
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _GONE)
 
 
 def end(code: int) -> NoReturn:

@@ -42,7 +42,7 @@ def test_where_nothing_fits_little_is_planned() -> None:
     assert chosen(1) == ((1, 10), False, 3)
 
 
-def test_what_fits_without_computing_again_is_taken_where_nothing_fits_with_it() -> None:
+def test_what_fits_without_computing_again_is_taken_where_that_makes_no_room() -> None:
     """Of a few small layers what is computed again may take more than what it gives back."""
     assert chosen(20, kept=-2)[:2] == ((2, 0), True)
     assert chosen(11, kept=-2)[:2] == ((1, 0), True)

@@ -11,6 +11,7 @@ import pytest
 from ftrun.errors import RunFailed, UserError
 from ftrun.train import rendezvous
 from ftrun.train.launch import Nodes, first_host, launch, nodes_of
+from ftrun.train.ranks import lost_touch
 
 SLURM = {
     "SLURM_NNODES": "2",
@@ -36,6 +37,20 @@ def test_where_machines_meet() -> None:
         nodes_of(2, None, {})
     with pytest.raises(UserError, match=r"rdzv_endpoint=gpu1:29400: has no effect on one machine; give nnodes=2"):
         nodes_of(None, "gpu1:29400", {})
+
+
+@pytest.mark.parametrize(
+    ("error", "gone"),
+    [
+        (RuntimeError("[/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4242"), True),
+        (RuntimeError("NCCL error: remote process exited or there was a network error"), True),
+        (RuntimeError("[enforce fail at /gloo/transport/tcp/pair.cc:446] op.preamble.length <= op.nbytes"), False),
+        (RuntimeError("shapes cannot be multiplied"), False),
+        (OSError("Broken pipe"), False),
+    ],
+)
+def test_what_the_end_of_another_rank_causes_is_known(error: Exception, gone: bool) -> None:
+    assert lost_touch(error) is gone
 
 
 def test_a_batch_script_is_one_machine_and_not_one_of_its_jobs() -> None:

@@ -106,6 +106,8 @@ def test_several_devices_stop_where_they_are_asked_to(tmp_path: Path) -> None:
 def test_several_machines_are_refused(tmp_path: Path) -> None:
     told = Worker(Told()).train(request(tmp_path, "one", "devices=2", "nnodes=2", "rdzv_endpoint=localhost:29400"))
     assert (told["status"], str(told["reason"])[:9]) == ("invalid", "nnodes=2:")
+    told = Worker(Told()).train(request(tmp_path, "two", "devices=2", "rdzv_endpoint=localhost:29400"))
+    assert (told["status"], str(told["reason"])[:14]) == ("invalid", "rdzv_endpoint=")
 
 
 def test_a_signal_in_the_middle_is_no_end(tmp_path: Path) -> None:
