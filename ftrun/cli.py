@@ -25,15 +25,9 @@ VERBS = {name: f"ftrun.tasks.{name}" for name in _NAMES} | {"eval": "ftrun.tasks
 # verbs without a job -> what they take instead: `run(words, **options)`
 INSTEAD = {"report": "DIR...", "doctor": ""}
 
-# rounds that a thread of torch's turns, waiting for another, before it sleeps: by default it burns a core that others
-# may need for as long as there are no more threads than cores (beside two busy processes: 12 tokens/s; so: 50)
-_SPIN = "1000"
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code (0, 2, 3, 4, 130: see ftrun.errors)."""
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", _SPIN)  # before torch is loaded, for workers too
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = any(word.lower() == "debug=true" for word in given)
     try:

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ftrun.cli import main
 from ftrun.compose import choices_of, compose
 
 ROOT = Path(__file__).parent.parent
@@ -309,18 +308,3 @@ def test_answers_come_at_once(typed: list[str]) -> None:
 def test_the_command_is_the_module() -> None:
     assert ftrun("--version").stdout.startswith("ftrun 0.")
     assert compose([]).choices["method"] == "lora"
-
-
-@pytest.mark.parametrize(
-    ("said", "expected"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)]
-)
-def test_threads_that_wait_do_not_burn_a_core_that_others_need(
-    said: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
-        monkeypatch.setenv(name, "")  # put back afterwards
-        monkeypatch.delenv(name)
-    for name, value in said.items():
-        monkeypatch.setenv(name, value)
-    assert main(["--help"]) == 0
-    assert os.environ.get("GOMP_SPINCOUNT") == expected
