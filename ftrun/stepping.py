@@ -27,7 +27,8 @@ def micro_rows(job: Job, corpus: Corpus, micro_batch: int, step: int, rank: int 
     Each rank has as many; where rows run out, the last are empty.
     """
     chosen = batching.step_rows(len(corpus.train), job.batch, step, job.seed, by_epoch=job.steps is None)
-    return batching.micro(chosen, micro_batch, rank, job.devices, lengths=corpus.train.lengths)
+    lengths, packed = corpus.train.lengths, job.kernels == "fast"
+    return batching.micro(chosen, micro_batch, rank, job.devices, lengths, packed)
 
 
 def step_batches(job: Job, corpus: Corpus, micro_batch: int, pad_id: int, step: int, rank: int = 0) -> list[Batch]:

@@ -1,16 +1,18 @@
 """python scripts/ranks.py [--steps 8]: jobs of several processes over gloo on this machine, planned and measured.
 
 Prints two tables: 14 two-process jobs, each with the fullest rank's peak, planned and measured, and how far its losses
-and final weights are from those of one process, beside how far one process is from itself where it only takes the same
-rows two at a time; what a rank holds of the base over 1, 2 and 4 processes, with its peak planned and measured. Ends
-with exit code 1 where a plan is more than 3 % off or a result beyond its bound. A quarter of an hour. What several
-processes cost in time: `python scripts/bench --cases ranks`.
+and final weights are from those of one process that computes in as many threads as each of the two has; beside it how
+far that one is from one in as many threads as there are cores (a product of matrices sums in another order there); what
+a rank holds of the base over 1, 2 and 4 processes, with its peak planned and measured. Ends with exit code 1 where a
+plan is more than 3 % off or a result beyond its bound. A quarter of an hour. What several processes cost in time:
+`python scripts/bench --cases ranks`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -56,14 +58,14 @@ class Table:
     def job(self, method: str, strategy: str, at_once: int, dtype: str) -> tuple[float, bool]:
         """A job of two processes against one: (how far off its plan is, whether it came to the same)."""
         job = (f"method={method}", f"micro_batch={at_once}", f"model.dtype={dtype}")
-        one = self.run(f"{method}-{at_once}-{dtype}", *job, "devices=1")
-        other = self.run(f"{method}-2-{dtype}", job[0], "micro_batch=2", job[2], "devices=1")
+        whole = self.run(f"{method}-{at_once}-{dtype}", *job, "devices=1")
+        one = self.run(f"{method}-{at_once}-{dtype}-threads", *job, "devices=1", threads=max(1, cores() // 2))
         two = self.run(f"{method}-{strategy}-{at_once}-{dtype}", *job, "devices=2", f"strategy={strategy}")
         error, said = told(two)
-        losses, weights, order = loss_apart(one, two), weights_apart(one, two), weights_apart(one, other)
+        losses, weights, threads = loss_apart(one, two), weights_apart(one, two), weights_apart(one, whole)
         print(
             f"{method:6} {strategy:5} {at_once} rows at once, {dtype:8}: {said}; against one process losses within "
-            f"{losses:.0e}, weights {weights:.1e} (one process, two rows at once: {order:.1e})",
+            f"{losses:.0e}, weights {weights:.1e} (one process in {cores()} threads: {threads:.1e})",
             flush=True,
         )
         return error, losses <= CLOSE[dtype][0] and weights <= CLOSE[dtype][1]
@@ -84,18 +86,25 @@ class Table:
                 found.append((error, True))
         return found
 
-    def run(self, name: str, *more: str) -> Path:
-        """The folder of a run, made once."""
+    def run(self, name: str, *more: str, threads: int | None = None) -> Path:
+        """The folder of a run, made once. threads: to compute in; None: as many as there are cores, over processes."""
         out = self.folder / name
         if not out.exists():
             common = [f"model.path={self.base}", "model.dtype=float32", "data=jsonl", f"data.path={self.rows}"]
             common += ["data.held_out=0", "seq_len=256", "batch=8", "device=cpu", "eval=none", f"steps={self.steps}"]
             names = {word.partition("=")[0] for word in more}
             command = [*(word for word in common if word.partition("=")[0] not in names), *more, f"out={out}"]
-            done = subprocess.run([sys.executable, "-m", "ftrun", *command], capture_output=True, text=True)
+            environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+            words = [sys.executable, "-m", "ftrun", *command]
+            done = subprocess.run(words, capture_output=True, text=True, env=environment)
             if done.returncode:
                 raise SystemExit(f"{' '.join(command)}\n{done.stdout[-1500:]}{done.stderr[-1500:]}")
         return out
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def told(out: Path) -> tuple[float, str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -59,20 +60,41 @@ def micro(
     rank: int = 0,
     world: int = 1,
     lengths: np.ndarray | None = None,
+    packed: bool = False,
 ) -> list[list[int]]:
     """This device's micro-batches of a step: together the devices take each row once.
 
-    Every device gets the same number of them; where rows run out, the last are empty, for the device to pass by.
-    lengths: with them rows of like length share a micro-batch (less padding), and devices get like loads; the sum of
-    the gradients is the same in any order.
+    A step is cut into micro-batches, as even as can be, which the devices take in turn: where `batch` is a multiple of
+    `micro_batch` times devices they are the same ones however many devices there are, and so, but for the order of
+    sums, are the gradients. Every device gets the same number of them; where rows run out, the last are empty, for the
+    device to pass by.
+    lengths: with them rows of like length share a micro-batch (less padding) or, packed, each micro-batch gets a like
+    number of tokens (a lower peak); either way the largest come first.
     """
     rows = list(rows_of_step)
     if lengths is not None:
         # a stable sort: equal lengths keep the step's order
         rows.sort(key=lambda row: -int(lengths[row]))
-    mine = rows[rank::world]
-    count = math.ceil(math.ceil(len(rows) / world) / micro_batch)
-    return [mine[i * micro_batch : (i + 1) * micro_batch] for i in range(count)]
+    count = math.ceil(len(rows) / (world * micro_batch)) * world
+    parts = _there_and_back(rows, count) if packed else _one_after_another(rows, count)
+    if packed and lengths is not None:
+        parts.sort(key=lambda part: -int(lengths[part].sum()) if part else 0)
+    return parts[rank::world]
+
+
+def _one_after_another(rows: list[int], count: int) -> list[list[int]]:
+    each, more = divmod(len(rows), count)
+    starts = [i * each + min(i, more) for i in range(count + 1)]
+    return [rows[start:end] for start, end in itertools.pairwise(starts)]
+
+
+def _there_and_back(rows: list[int], count: int) -> list[list[int]]:
+    """Dealt out as rows in the order of a ploughed field: of sorted ones each part gets long and short ones."""
+    parts: list[list[int]] = [[] for _ in range(count)]
+    for place, row in enumerate(rows):
+        turn, at = divmod(place, count)
+        parts[count - 1 - at if turn % 2 else at].append(row)
+    return parts
 
 
 def collate(rows: Rows, indices: Sequence[int], packed: bool, pad_id: int) -> Batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 
@@ -53,17 +54,38 @@ def test_epochs_end_with_what_is_left():
 def test_devices_share_a_steps_rows(world, micro_batch, count):
     lengths = np.random.default_rng(1).integers(1, 100, 50)
     rows = step_rows(50, count, 0, seed=0)
-    for given in (None, lengths):
-        shares = [micro(rows, micro_batch, rank, world, given) for rank in range(world)]
-        assert len({len(share) for share in shares}) == 1
+    for given, packed in ((None, False), (lengths, False), (lengths, True)):
+        shares = [micro(rows, micro_batch, rank, world, given, packed) for rank in range(world)]
+        assert {len(share) for share in shares} == {math.ceil(count / (world * micro_batch))}
         assert sorted(r for share in shares for batch in share for r in batch) == sorted(rows)
-        assert max(len(batch) for share in shares for batch in share) <= micro_batch
+        sizes = [len(batch) for share in shares for batch in share]
+        assert max(sizes) <= micro_batch and max(sizes) - min(sizes) <= 1
     assert micro(rows, micro_batch, 0, world, lengths) == micro(rows, micro_batch, 0, world, lengths)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_step_is_cut_into_the_same_micro_batches_on_any_number_of_devices(packed):
+    lengths = np.random.default_rng(2).integers(1, 100, 50)
+    rows = step_rows(50, 24, 0, seed=0)
+    whole = micro(rows, 2, lengths=lengths, packed=packed)
+    for world in (2, 3, 4, 6, 12):
+        shares = [micro(rows, 2, rank, world, lengths, packed) for rank in range(world)]
+        assert [batch for turn in zip(*shares, strict=True) for batch in turn] == whole
 
 
 def test_like_lengths_share_a_micro_batch():
     lengths = np.array([1, 100, 2, 99, 3, 98])
     assert micro(range(6), 3, lengths=lengths) == [[1, 3, 5], [4, 2, 0]]
+
+
+def test_packed_micro_batches_hold_like_numbers_of_tokens_the_fullest_first():
+    lengths = np.array([1, 100, 2, 99, 3, 98])
+    assert micro(range(6), 2, lengths=lengths, packed=True) == [[1, 0], [3, 2], [5, 4]]
+    lengths = np.random.default_rng(3).integers(1, 500, 64)
+    sizes = [int(lengths[part].sum()) for part in micro(range(64), 8, lengths=lengths, packed=True)]
+    assert sizes == sorted(sizes, reverse=True) and max(sizes) < 1.05 * min(sizes)
+    one_after_another = [int(lengths[part].sum()) for part in micro(range(64), 8, lengths=lengths)]
+    assert max(sizes) < 0.65 * max(one_after_another)
 
 
 @pytest.mark.parametrize("prefix", [(), (90, 91, 92)])
