@@ -120,7 +120,7 @@ def _verb(words: list[str]) -> tuple[str | None, list[str]]:
     if "=" in first or first.startswith(("~", "+")):
         return None, words
     if first not in VERBS:
-        raise UserError(unknown("the verb", first, VERBS) + ". Keys are set as KEY=VALUE")
+        raise UserError(unknown("the verb", first, VERBS) + f". A key is set as KEY=VALUE: {first}=…")
     return first, words[1:]
 
 

@@ -97,7 +97,10 @@ def _verb(verb: str, path: Path, arguments: Sequence[str], config_dirs: Sequence
     lines = _head(verb, path, "[GROUP=NAME ...] [KEY=VALUE ...] [FLAGS]")
     found = described(arguments, config_dirs)
     choices = _chosen(arguments, config_dirs)
-    lines += _section("The job", [(f"{o.key}={o.default}", o.doc) for o in found if "." not in o.path])
+    own = verb_options(path)
+    of_run = own is not None and "run" in schema.fields_by_key(own)
+    title = "The job: as the run's folder has it, but for what is given here" if of_run else "The job"
+    lines += _section(title, [(f"{o.key}={o.default}", o.doc) for o in found if "." not in o.path])
     for group in ROOMS:
         others = [n for n in choices_of(group, config_dirs) if n != choices[group]]
         title = f"{group}={choices[group]}: {_MEANT[group]}"

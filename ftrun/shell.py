@@ -175,8 +175,8 @@ def _read(argument: str, key: str, value: str, sign: str, multirun: bool) -> Ove
     if not one.is_sweep_override():
         return Override(argument, key, one.value(), sign)
     if not multirun:
-        as_list = "" if key in GROUPS else f" A list is written {key}=[{_short(value)}]."
-        raise UserError(f"{_short(argument)}: several values.{as_list} Add -m to run each of them")
+        as_list = "" if key in GROUPS else f". One value that is a list is written {key}=[{_short(value)}]"
+        raise UserError(f"{_short(argument)}: several values; add -m to run each of them{as_list}")
     if isinstance(one.value(), Glob):
         return Override(argument, key, None, sign, glob=one.value())
     if not one.is_discrete_sweep():

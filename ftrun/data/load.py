@@ -84,6 +84,11 @@ def load(
     held_out = _together(tested, prefix_ids) if held is None else together.take(held)
     train = _mixed(together, kept, own, getattr(options, "until", "all"), seed)
     _warn(stores + tested, say)
+    if not apart and len(train) < len(held_out):
+        say(
+            f"warning: data.held_out={options.held_out}: {len(held_out):,} rows are held out, "
+            f"{len(train):,}{' distinct' if options.distinct else ''} are left to train on"
+        )
     return Corpus(
         train=train,
         held_out=held_out,

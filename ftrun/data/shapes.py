@@ -64,7 +64,17 @@ def read(record: Record, options: DataOptions) -> Chat | Text:
     for names, shape in _SHAPES:
         if all(_column(row, name) for name in names):
             return shape(row, options)
-    raise ColumnsError(f"found the columns {_listed(record)}, expected {_EXPECTED}")
+    raise ColumnsError(f"found the columns {_listed(record)}, expected {_half(row)}{_EXPECTED}")
+
+
+def _half(row: Record) -> str:
+    """What a row lacks that has one column of a shape of two."""
+    for names, _ in _SHAPES:
+        have = [name for name in names if _column(row, name)]
+        if have and len(have) < len(names):
+            (lacking,) = [name for name in names if name not in have]
+            return f"{' or '.join(lacking)} beside {_column(row, have[0])[0]}: "  # type: ignore[index]
+    return ""
 
 
 def _mapped(record: Record, columns: Mapping[str, str]) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import hashlib
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from ftrun.errors import UserError, nearest
+from ftrun.errors import UserError
 from ftrun.models import config as configs
 from ftrun.models.digests import FileDigest, digest
 from ftrun.models.options import Options
@@ -52,7 +51,7 @@ class Base:
 
     def __init__(self, options: Options, name: str, cache: Path, say: Say) -> None:
         self.options, self.name, self.cache, self.say = options, name, cache, say
-        self.source = _source(options)
+        self.source = options.place()
         self.dtype: torch.dtype = getattr(torch, options.dtype)
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._files: tuple[Path, ...] | None = None
@@ -237,24 +236,6 @@ class Base:
     def _revision(self) -> str | None:
         """The commit, where the files are at hand: a snapshot's folder is named by it."""
         return self.folder.name if self.folder else self.options.revision
-
-
-def _source(options: Options) -> str:
-    if options.path is None:
-        return options.source
-    if os.path.isdir(Path(options.path).expanduser()):
-        return "folder"
-    if options.source == "folder" or not hub.is_id(options.path):
-        raise UserError(f"model.path={options.path}: no such folder{_neighbour(Path(options.path).expanduser())}")
-    return "hub"
-
-
-def _neighbour(path: Path) -> str:
-    if os.path.isfile(path):
-        return "; it is a file. Give the folder that holds config.json and the weights"
-    beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if os.path.isdir(path.parent) else []
-    close = nearest(path.name, beside)
-    return f". Did you mean {path.parent / close}?" if close else ""
 
 
 def _is_whole(snapshot: Path) -> bool:

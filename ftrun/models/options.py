@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from ftrun.errors import UserError
+from ftrun.errors import UserError, nearest
 from ftrun.schema import option
 
 SOURCES = ("hub", "folder", "package")
@@ -42,3 +44,30 @@ class Options:
         for token in self.new_tokens:
             if not token or self.new_tokens.count(token) > 1:
                 raise UserError(f"model.new_tokens: {token!r} is {'named twice' if token else 'no token'}")
+
+    def check(self) -> None:
+        """UserError where `path` is neither a folder nor has the form of a hub id."""
+        self.place()
+
+    def place(self) -> str:
+        """One of SOURCES: where the model comes from. Raises UserError as `check` does."""
+        if self.path is None:
+            return self.source
+        if os.path.isdir(Path(self.path).expanduser()):
+            return "folder"
+        if self.source == "folder" or not is_hub_id(self.path):
+            raise UserError(f"model.path={self.path}: no such folder{_neighbour(Path(self.path).expanduser())}")
+        return "hub"
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether `text` has the form of a hub id, NAME or ORG/NAME."""
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", text) is not None
+
+
+def _neighbour(path: Path) -> str:
+    if os.path.isfile(path):
+        return "; it is a file. Give the folder that holds config.json and the weights"
+    beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if os.path.isdir(path.parent) else []
+    close = nearest(path.name, beside)
+    return f". Did you mean {path.parent / close}?" if close else ""

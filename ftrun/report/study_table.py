@@ -82,7 +82,8 @@ def value_columns(rows: Sequence[Row]) -> list[Column]:
 def figure_columns(rows: Sequence[Row], objective: str) -> list[Column]:
     """The figures that any row has, the objective first."""
     there = {key for row in rows for key in row.figures}
-    order = [objective, *(k for k in FIGURES if k != objective), *sorted(there - set(FIGURES))]
+    first = [objective] if objective in there else ["train_loss"]  # all there is of eval=none
+    order = [*first, *(k for k in FIGURES if k not in first), *sorted(there - set(FIGURES))]
     found = [Column(k, _head(k), tuple(row.shown(k) for row in rows), True) for k in order if k in there]
     return [column for column in found if any(column.cells)]
 

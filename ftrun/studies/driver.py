@@ -276,7 +276,8 @@ class Driver:
             words += f", {figures['peak_bytes'] / 1e9:.3g} GB" if "peak_bytes" in figures else ""
             words += f", {speed:,.0f} tokens/s" if speed else ""
         elif outcome.reason:
-            words += f": {outcome.reason.splitlines()[0][:300]}"
+            reason = outcome.reason.splitlines()[0].removeprefix(f"{_words(point)}: ")  # which the line begins with
+            words += f": {reason[:300]}"
         self.say(f"{words}{self._left()}")
 
     def _left(self) -> str:

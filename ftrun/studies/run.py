@@ -159,7 +159,8 @@ def _outlook(driver: Driver) -> Iterator[str]:
     words += [f"{len(unfit)} that do not fit"] if unfit else []
     yield f"study   {driver.study.folder}: {', '.join(words)}"
     for point in invalid[:_LISTED]:
-        yield f"        {_typed(point)}: {point.trouble}"
+        told = f"{_typed(point)}: "  # a message that begins so says it once
+        yield f"        {told}{str(point.trouble).removeprefix(told)}"
     for key in list(unfit)[:_LISTED]:
         plan = left[key]
         yield f"        {_typed(jobs[key])}: {plan.get('why') or (plan.get('trouble') or ('', ''))[1]}"

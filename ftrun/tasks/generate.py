@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from ftrun.errors import UserError, unknown
 from ftrun.job import Job
 from ftrun.schema import option
+from ftrun.tasks.pace import Pace
 
 if TYPE_CHECKING:
     from ftrun.evals.generation import Answer, Sampling
@@ -190,11 +191,13 @@ class Answering:
         ids, said = self.speakers.ids(name, prompt, self.options.raw), ""
         with self.speakers.speaking([name]) as meet:
             tokens, tokenizer = self.options.max_new_tokens, self.speakers.tokenizer
-            for piece in pieces(self.speakers.model, tokenizer, ids, tokens, self.how, meet):
-                shown = piece if said else piece.lstrip()
-                print(shown.replace("\n", f"\n{indent}"), end="", flush=True)
-                said += shown
-        print()
+            try:
+                for piece in pieces(self.speakers.model, tokenizer, ids, tokens, self.how, meet):
+                    shown = piece if said else piece.lstrip()
+                    print(shown.replace("\n", f"\n{indent}"), end="", flush=True)
+                    said += shown
+            finally:
+                print(flush=True)  # what is said of an interruption stands on a line of its own
         return said
 
     def _file(self) -> None:
@@ -230,6 +233,7 @@ class Answering:
 
         rows = [self.speakers.ids(name, prompt, self.options.raw) for name, prompt in asked]
         found: dict[int, Answer] = {}
+        pace = Pace(_say, "{done} of {whole} answers", len(asked))
         for batch in self._batches([name for name, _ in asked], rows):
             with self.speakers.speaking([asked[i][0] for i in batch]) as meet:
                 made = answers(
@@ -242,6 +246,7 @@ class Answering:
                     [0 if numbers is None else numbers[i] for i in batch],
                 )
             found |= dict(zip(batch, made, strict=True))
+            pace.add(len(batch))
         return [found[i] for i in range(len(asked))]
 
     def _batches(self, names: Sequence[str], rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:

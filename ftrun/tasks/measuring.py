@@ -20,6 +20,7 @@ from ftrun.evals.generation import answers
 from ftrun.evals.held_out import evaluate
 from ftrun.tasks.base_text import Subject, base_text
 from ftrun.tasks.judging import effective_rank
+from ftrun.tasks.pace import Pace
 from ftrun.tasks.tuned import Tuned
 from ftrun.values import Batch
 
@@ -85,9 +86,11 @@ class Look:
     def exact(self, how: exact.Exact, questions: Sequence[exact.Question]) -> dict[str, Any]:
         """Exact match, by generation."""
         opened = self.opened
+        pace = Pace(opened.say, "exact: {done} of {whole} rows answered", len(questions))
 
         def generate(prompts: list[list[int]]) -> list[str]:
             found = answers(opened.model, opened.tokenizer, prompts, self.options.exact_tokens)
+            pace.add(len(prompts))
             return [one.text for one in found]
 
         with self.within(), opened.generating():
@@ -171,7 +174,10 @@ class Measuring:
             return None
         if kind == "auto":
             if (found := exact.chosen(self.questions)) is None:
-                self.say("exact: not measured: the held-out answers hold no number and no JSON; eval.exact=regex may")
+                self.say(
+                    "exact: not measured: the held-out answers hold no number and no JSON to compare by; "
+                    "eval.exact=regex eval.pattern='…' compares what a pattern of yours finds in them"
+                )
             return found
         made = exact.Exact(kind, self.options.pattern)
         if not any(made.answer(q.reference) is not None for q in self.questions):
@@ -191,9 +197,14 @@ class Measuring:
 
     def figures(self, factor: float) -> dict[str, Any]:
         """Everything but the quantisation's drop, before and after."""
-        after = self.at(factor)
+        after, rows = self.at(factor), sum(len(batch.rows) for batch in self.before.batches)
+        self.say(f"held-out loss: {rows} rows, before and after")
         found: dict[str, Any] = {"held_out": {"before": self.before.held_out(), "after": after.held_out()}}
+        if self.options.agreement:
+            self.say("agreement with the base: the same rows, token by token")
         found["agreement"] = divergence(self.before.view(), after.view()) if self.options.agreement else None
+        if self.options.retention:
+            self.say(f"retention: the loss on {self.options.retention} rows that the base writes, or has written")
         found["retention"] = self.kept_text(after, self.text)
         found["retention_text"] = self.kept_text(after, self.file)
         found["effective_rank"] = effective_rank(self.tuned.parts)
@@ -208,6 +219,7 @@ class Measuring:
         """At each scale the task's loss, and what was lost for it."""
         found = []
         for factor in factors:
+            self.say(f"scale={factor:g}: held-out loss, retention, exact match")
             look = self.at(factor)
             kept, matched = self.kept_text(look, self.text), self.exactly(look)
             row: dict[str, Any] = {"scale": factor, **look.held_out()}

@@ -139,6 +139,7 @@ class Merging:
                 raise
             self.say(f"not compared: {error}")
             return
+        self.say(f"into={into}: what rounding to {self.dtype} loses")
         lost = output.losses()
         total = sum(lost.values(), Loss())
         worst = max(lost, key=lambda name: lost[name].share, default=None)
@@ -149,6 +150,7 @@ class Merging:
             "modules": {name: one.share for name, one in lost.items()},
         }
         if self.apart is not None:
+            self.say(f"into={into}: the held-out rows through the merged model")
             with output.in_place():
                 found |= drift(self.apart, self._measured(tuned))
         self.targets[into] = found
@@ -166,6 +168,7 @@ class Merging:
         return measure(tuned, self.asked.rows)
 
     def _write(self, output: Any) -> None:
+        self.say(f"writing {self.out}")
         try:
             with aside(self.out) as beside:
                 beside.mkdir()

@@ -45,7 +45,9 @@ def run(job: Job, run: str, repo: str | None, private: bool, what: str, dry: boo
     """List, then upload; returns 0. Raises UserError, in one message, where the hub refuses or cannot be reached."""
     from ftrun.report.plan_text import size
 
-    if repo is None or not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+    if repo is None:
+        raise UserError("repo is missing: ftrun push run=DIR repo=ORG/NAME, where to on the hub")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise UserError(f"repo={repo}: expected ORG/NAME, the repository on the hub")
     files = contents(Path(run), repo, what)
     for name, held in files.items():

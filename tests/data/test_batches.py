@@ -59,7 +59,8 @@ def test_devices_share_a_steps_rows(world, micro_batch, count):
         assert {len(share) for share in shares} == {math.ceil(count / (world * micro_batch))}
         assert sorted(r for share in shares for batch in share for r in batch) == sorted(rows)
         sizes = [len(batch) for share in shares for batch in share]
-        assert max(sizes) <= micro_batch and max(sizes) - min(sizes) <= 1
+        assert max(sizes) <= micro_batch
+        assert max(sizes) - min(sizes) <= 1
     assert micro(rows, micro_batch, 0, world, lengths) == micro(rows, micro_batch, 0, world, lengths)
 
 
@@ -83,7 +84,8 @@ def test_packed_micro_batches_hold_like_numbers_of_tokens_the_fullest_first():
     assert micro(range(6), 2, lengths=lengths, packed=True) == [[1, 0], [3, 2], [5, 4]]
     lengths = np.random.default_rng(3).integers(1, 500, 64)
     sizes = [int(lengths[part].sum()) for part in micro(range(64), 8, lengths=lengths, packed=True)]
-    assert sizes == sorted(sizes, reverse=True) and max(sizes) < 1.05 * min(sizes)
+    assert sizes == sorted(sizes, reverse=True)
+    assert max(sizes) < 1.05 * min(sizes)
     one_after_another = [int(lengths[part].sum()) for part in micro(range(64), 8, lengths=lengths)]
     assert max(sizes) < 0.65 * max(one_after_another)
 

@@ -52,7 +52,7 @@ def lines(path: Path) -> Records:
 def parse(line: str, path: Path) -> dict[str, Any] | Bad:
     """One line as a record."""
     try:
-        found = json.loads(line)
+        found = json.loads(line.rstrip("\r\n"))  # behind a line end columns are counted anew
     except json.JSONDecodeError as error:
         return Bad(f"broken JSON at column {error.colno} ({error.msg}), expected one JSON object a line{_hint(path)}")
     except ValueError:

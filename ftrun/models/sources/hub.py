@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,11 +13,6 @@ SMALL = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 WEIGHTS = ("*.safetensors",)
 # a second copy of the weights, in the makers' own layout
 _IGNORED = ("original/*", "consolidated*", "*/*.safetensors", "onnx/*", "*.gguf")
-
-
-def is_id(text: str) -> bool:
-    """Whether `text` has the form of a hub id, NAME or ORG/NAME."""
-    return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", text) is not None
 
 
 def at_hand(repo: str, revision: str | None) -> Path | None:

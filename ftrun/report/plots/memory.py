@@ -60,7 +60,8 @@ def _both(row: Row) -> bool:
 def _caption(there: Sequence[Row], shown: Sequence[Row]) -> str:
     few = f"The first {len(shown)} of {len(there)} runs. " if len(there) > len(shown) else ""
     errors = [abs(off(row)) for row in there]
-    return f"{few}Beside the bars: the plan's error, {median(errors):.3%} in the median, {max(errors):.3%} at most."
+    sizes = f"either way {median(errors):.3%} in the median, {max(errors):.3%} at most"
+    return f"{few}Beside the bars: how far the plan lies above the measured peak (−: below it); {sizes}."
 
 
 def _told(shown: Sequence[Row], rows: Sequence[Row]) -> str:

@@ -52,19 +52,34 @@ def _curves(
     room = 0.04 * (max(seen) - min(seen)) or 0.1
     low, high = min(seen) - room, max(seen) + room
     looks, many = Looks(rows, objective), len(there) > 8
-    for row, points in sorted(there, key=lambda pair: pair[0] is best):
+    drawn, hidden = list[list[Point]](), 0
+    for row, points in sorted(there, key=lambda pair: pair[0] is best, reverse=True):
         ys = [min(max(loss, low - 9 * room), high + 9 * room) for _, loss in points]  # out of sight, not out of range
         wide, alpha = (2.8, 1.0) if row is best else (1.2, 0.6) if many else (1.6, 0.85)
         xs, colour, dot = [step for step, _ in points], looks.of(row).colour, "o" if len(points) <= _DOTTED else ""
-        (line,) = sheet.axes.plot(xs, ys, color=colour, linewidth=wide, alpha=alpha, marker=dot, markersize=4, zorder=2)
+        drawn.append([*zip(xs, ys, strict=True)])
+        covers = any(_close(drawn[-1], other, 0.005 * (high - low)) for other in drawn[:-1])
+        style = (0, (3, 3)) if covers else "-"  # what lies beneath shows through
+        hidden += covers
+        (line,) = sheet.axes.plot(
+            xs, ys, color=colour, linewidth=wide, linestyle=style, alpha=alpha, marker=dot, markersize=4, zorder=2
+        )
         sheet.hint(line, marks.told(row, rows, objective))
     _frame(sheet, low, high)
-    caption = f"{each}{'The thick line is the best run.' if best and len(there) > 1 else ''}"
+    caption = f"{each}{'The thick line is the best run. ' if best and len(there) > 1 else ''}"
+    caption += "A dashed line lies on another run's." if hidden else ""
     told = "; ".join(
         f"{label(row, varied(rows))}: {points[0][1]:.3f} to {points[-1][1]:.3f}" for row, points in there[:24]
     )
     name = title.lower().replace(" ", "-")
     return sheet.finish(name, title, caption.strip(), looks.hues(), f"First to last: {told}.")
+
+
+def _close(one: Sequence[Point], other: Sequence[Point], within: float) -> bool:
+    """Whether two curves cannot be told from each other."""
+    if [step for step, _ in one] != [step for step, _ in other]:
+        return False
+    return all(abs(a - b) <= within for (_, a), (_, b) in zip(one, other, strict=True))
 
 
 def _frame(sheet: Sheet, low: float, high: float) -> None:
