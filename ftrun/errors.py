@@ -66,7 +66,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     names = [str(k) for k in known]
     starts = [k for k in names if k.startswith(str(name)) or (k and str(name).startswith(k))]
     longer = [k for k in starts if len(k) > len(str(name)) >= 3]
-    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     # a name that goes on where this one ends was meant rather than another one of its length
     return min(longer, key=len) if longer else close[0] if close else min(starts, key=len) if starts else None
 
