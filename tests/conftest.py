@@ -17,8 +17,8 @@ _CACHE = tempfile.TemporaryDirectory(prefix="ftrun-tests-") if "FTRUN_CACHE" not
 if _CACHE is not None:
     os.environ["FTRUN_CACHE"] = _CACHE.name
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", WANDB_SILENT="true", TOKENIZERS_PARALLELISM="false")
-# a worker inherits what the process that started it has set: two threads of each of two workers on two cores wait for one
-# another, and tests take up to ten times as long
+# a worker inherits what the process that started it has set: with two threads in each of two workers on two cores the
+# tests wait for one another, and take up to ten times as long
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "2")

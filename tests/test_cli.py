@@ -67,6 +67,9 @@ def mistake(*arguments: str, cwd: Path | None = None) -> str:
         (["job="], "expected the path of a job.yaml"),
         (["-sc", "install=bsh"], "Did you mean 'bash'"),
         (["-m", "rank=-4,-8"], "rank=-4"),
+        (["rank"], "A key is set as KEY=VALUE: rank=…"),
+        (["rank=4,8"], "rank=4,8: several values; add -m to run each of them. One value that is a list is written"),
+        (["model.path=nowhere/at/all"], "model.path=nowhere/at/all: no such folder"),
         (["data=jsonl", "data.path=READMEE.md"], "Did you mean 'README.md'"),
     ],
 )

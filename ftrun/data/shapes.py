@@ -73,7 +73,7 @@ def _half(row: Record) -> str:
         have = [name for name in names if _column(row, name)]
         if have and len(have) < len(names):
             (lacking,) = [name for name in names if name not in have]
-            return f"{' or '.join(lacking)} beside {_column(row, have[0])[0]}: "  # type: ignore[index]
+            return f"{' or '.join(lacking)} beside {_column(row, have[0])[0]}. Rows hold "  # type: ignore[index]
     return ""
 
 

@@ -24,7 +24,8 @@ def drop(measuring: Measuring, factor: float) -> dict[str, Any]:
     matched: dict[str, float | None] = {}
 
     def look(name: str, at: Look) -> None:
-        say(f"drop: the held-out rows through the {name.replace(chr(95), chr(32))}")
+        shown = name.replace("_", " ")
+        say(f"drop: the held-out rows through the {shown}")
         found[name] = at.scored()
         result = measuring.exactly(at)
         matched[name] = None if result is None else result["share"]

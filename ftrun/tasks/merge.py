@@ -110,6 +110,8 @@ class Merging:
         self._check_base(tuned, wanted)
         self.drifts = tuned.drifts
         tuned.tuner.scale(tuned.model, self.asked.scale)
+        if self.asked.measure:
+            self.say("what merging costs, on held-out rows: first the model unmerged (measure=false leaves it out)")
         self.apart = self._measured(tuned)
         for into in [one for one in wanted if one != "base" or not quantised]:
             self._target(tuned, into, getattr(torch, self.dtype))
@@ -162,9 +164,6 @@ class Merging:
 
         if not self.asked.measure:
             return None
-        self.say(
-            "measuring what merging costs, on held-out rows: first the model unmerged (measure=false leaves it out)"
-        )
         return measure(tuned, self.asked.rows)
 
     def _write(self, output: Any) -> None:

@@ -68,6 +68,7 @@ def test_jsonl(tmp_path):
     ("name", "content", "line", "message"),
     [
         ("a.jsonl", '{"a": 1}\n{"a": ', 2, "broken JSON at column 7"),
+        ("a.jsonl", '{"a": 1\n', 1, "broken JSON at column 8"),
         ("a.jsonl", '{"a": 1}\n[1]\n', 2, "found a list, expected one JSON object a line.*data=json"),
         ("a.jsonl", "3\n", 1, "found a number, expected"),
         ("a.jsonl", "", 1, "the file is empty, expected one JSON object a line"),

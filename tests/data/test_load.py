@@ -113,6 +113,16 @@ def test_text_files_are_one_document_each(tmp_path, monkeypatch):
     assert {len(row) for row in rows[:-2]} == {32}
 
 
+def test_more_held_out_than_trained_on_is_said(corpus, tokenizer, said):
+    rows = [{"question": f"{i}?", "answer": f"{i}"} for i in range(10)]
+    corpus(rows, tokenizer, held_out=3)
+    assert not any("data.held_out" in text for text in said)
+    corpus(rows, tokenizer, held_out=8)
+    assert [t for t in said if "data.held_out" in t] == [
+        "warning: data.held_out=8: 8 rows are held out, 2 are left to train on"
+    ]
+
+
 def test_held_out_by_seed(corpus, tokenizer):
     rows = asked(200)
     made = corpus(rows, tokenizer, held_out=0.1)

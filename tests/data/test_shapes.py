@@ -93,7 +93,15 @@ def test_sharegpt_tools():
     ("row", "message"),
     [
         ({"foo": 1, "bar": 2}, r"found the columns foo, bar, expected messages \| .*data.columns=\{prompt: YOURS"),
-        ({}, "found the columns none, expected"),
+        ({}, "found the columns none, expected messages"),
+        (
+            {"prompt": "c"},
+            r"found the columns prompt, expected completion or response beside prompt\. Rows hold messages",
+        ),
+        (
+            {"question": "Q", "anwser": "A"},
+            "found the columns question, anwser, expected answer or response beside question",
+        ),
         ({f"c{i}": 1 for i in range(20_000)}, r"c11, … \(20,000 in all\), expected"),
         ({"prompt": 10**5000, "completion": "A"}, "prompt: found a number of thousands of digits, expected text"),
         ({"prompt": "Q", "chosen": "A", "rejected": "B"}, "found the columns prompt, chosen, rejected"),

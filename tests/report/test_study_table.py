@@ -125,6 +125,15 @@ def test_another_objective_leads() -> None:
     assert f" {fastest:,.0f} " in best
 
 
+def test_without_a_held_out_loss_the_training_loss_leads() -> None:
+    rows = [{**one, "figures": {k: v for k, v in one["figures"].items() if k != "loss"}} for one in grid_study()]
+    for one in rows:
+        one["figures"]["train_loss"] = 2.0 + 0.1 * one["number"]
+    head = next(line for line in printed(rows, width=90) if "last training loss" in line)
+    assert not head.startswith("no room for: ")
+    assert head.index("last training loss") < head.index("peak memory")
+
+
 @pytest.mark.parametrize(
     "rows",
     [[], [row(1, {})], [{}], [{"number": 1, "values": None, "status": "odd", "figures": None}], many()],
