@@ -33,6 +33,7 @@ _REFUSALS: tuple[int, ...] = (
 )
 # and a file system that cannot rename, or not within itself
 _REFUSALS += (errno.ENOTSUP, errno.ENOSYS, errno.EXDEV)
+_SAME = "the same command"  # as messages name what goes on with a run
 
 
 def run(job: Job) -> int:
@@ -71,7 +72,7 @@ def carry_out(job: Job, console: Console, shared: Shared | None = None, watch: W
         session.close(folder, session.train(folder))
         write_card(folder.path, console.say)
     except BaseException as error:
-        told = in_terms(error, session, folder)
+        told = _with_out(in_terms(error, session, folder), job, out)
         leave_result(session, folder, told)
         if told is error:
             raise
@@ -144,10 +145,17 @@ def on_ranks(job: Job, out: Path, console: Console, watch: Watch | None = None) 
             launch(command, processes, nodes, job.max_restarts, lambda: desk.ended)
     except Interrupted as error:
         saved = saved_steps(out / "checkpoints")
-        raise Interrupted(
-            f"interrupted; the same command goes on from step {saved[-1]}" if saved else str(error)
-        ) from None
+        told = Interrupted(f"interrupted; {_SAME} goes on from step {saved[-1]}") if saved else error
+        raise _with_out(told, job, out) from None
     return desk.trained
+
+
+def _with_out(error: BaseException, job: Job, out: Path) -> BaseException:
+    """The error, where it speaks of the same command, with the folder that this one has to name: one named after the
+    time would be another."""
+    if job.out or job.name or not isinstance(error, Interrupted | RunFailed) or _SAME not in str(error):
+        return error
+    return type(error)(str(error).replace(_SAME, f"{_SAME} with out={out}"))
 
 
 def _nodes(job: Job, watch: Watch | None) -> Nodes:
@@ -213,9 +221,9 @@ def in_terms(error: BaseException, session: Session, folder: Run) -> BaseExcepti
         if not session.began:
             return Interrupted("interrupted before the first step")
         if not saved:
-            return Interrupted(f"interrupted after step {done}; no checkpoint is there, the same command begins anew")
+            return Interrupted(f"interrupted after step {done}; no checkpoint is there, {_SAME} begins anew")
         last = "only evaluates and hands over" if saved[-1] >= session.total else f"goes on from step {saved[-1]}"
-        return Interrupted(f"interrupted after step {done}; the same command {last}")
+        return Interrupted(f"interrupted after step {done}; {_SAME} {last}")
     if isinstance(error, OSError) and not isinstance(error, BrokenPipeError) and error.errno in _REFUSALS:
         message = f"{error.filename or folder.path}: cannot be written: {error.strerror}"
         return RunFailed(message) if session.began else UserError(message)

@@ -149,6 +149,30 @@ def test_a_request_to_stop_ends_with_a_checkpoint_and_a_result(tmp_path: Path, m
     assert json.loads((tmp_path / "run/result.json").read_text())["steps"] == 3
 
 
+def test_a_run_named_after_the_time_says_which_folder_to_go_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    job = tiny_job(tmp_path, "method=lora", "steps=3", "save_every=1", "out=null")
+    own = loop._count
+
+    def count(progress, record):  # type: ignore[no-untyped-def]
+        own(progress, record)
+        if record.step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "_count", count)
+    with pytest.raises(Interrupted) as stopped:
+        task.run(job)
+    monkeypatch.setattr(loop, "_count", own)
+    (out,) = Path("runs").iterdir()
+    assert f"the same command with out={out} goes on from step" in str(stopped.value)
+    assert task.run(tiny_job(tmp_path, "method=lora", "steps=3", "save_every=1", f"out={out}")) == 0
+    assert json.loads((out / "result.json").read_text())["status"] == "finished"
+    assert [m["step"] for m in lines(out / "metrics.jsonl")] == [1, 2, 3]
+    assert [*Path("runs").iterdir()] == [out]
+
+
 def test_full_leaves_a_model_that_transformers_loads(tmp_path: Path) -> None:
     task.run(tiny_job(tmp_path, "method=full", "steps=2", "lr=1e-2"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
