@@ -204,6 +204,14 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return found
 
 
+def check_finished(path: Path) -> None:
+    """UserError where the run in a folder is not at its end."""
+    result = read_json(path / "result.json")
+    if result is None or result.get("status") != "finished":
+        found = "it is not at its end" if result is None else f"its status is {result.get('status')}"
+        raise UserError(f"run={path}: {found}; the same command goes on with it: ftrun job={path}/job.yaml out={path}")
+
+
 def open_run(path: Path, job: Mapping[str, Any], resume: str) -> Run:
     """The folder of `job`, made now or found with the same job in it, and held; raises UserError as `check_run` does.
 

@@ -69,6 +69,7 @@ def mistake(*arguments: str, cwd: Path | None = None) -> str:
         (["-m", "rank=-4,-8"], "rank=-4"),
         (["rank"], "A key is set as KEY=VALUE: rank=…"),
         (["rank=4,8"], "rank=4,8: several values; add -m to run each of them. One value that is a list is written"),
+        (["method=lora", "method.from=nowhere/adapter"], "method.from=nowhere/adapter: no such folder"),
         (["model.path=nowhere/at/all"], "model.path=nowhere/at/all: no such folder"),
         (["data=jsonl", "data.path=READMEE.md"], "Did you mean 'README.md'"),
     ],

@@ -26,6 +26,7 @@ from ftrun.errors import UserError
 
 # what does not change a source's rows
 _UNCACHED = {"distinct", "held_out", "held_out_most", "held_out_path", "held_out_split", "template"}
+_FEW = 4  # held-out rows below which their loss says next to nothing
 _COUNTS: tuple[str, ...] = ("read", "bad", "nothing_to_learn", "overlong", "truncated", "windows", "turns_apart")
 _COUNTS += ("system_folded", "tools_unseen")
 
@@ -89,6 +90,8 @@ def load(
             f"warning: data.held_out={options.held_out}: {len(held_out):,} rows are held out, "
             f"{len(train):,}{' distinct' if options.distinct else ''} are left to train on"
         )
+    if 0 < len(held_out) < _FEW:
+        say(f"warning: {len(held_out)} held-out rows are too few to judge by; data.held_out=10 holds out ten")
     return Corpus(
         train=train,
         held_out=held_out,

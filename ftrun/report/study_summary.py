@@ -77,9 +77,21 @@ def _keys(rows: Sequence[Row], objective: str) -> list[str]:
     if len(found) < 2:
         return []
     figure = FIGURES[objective]
-    (first, most), *others = found.items()
+    (first, most), *others = _told_apart(rows, found, objective)
+    if not others:
+        return []
     rest = ", ".join(f"{key} {figure.write(loss).lstrip('+')}" for key, loss in others)
     return [
         f"Most depends on {first}: with all else at its best, its worst value costs {figure.write(most).lstrip('+')} "
         f"of {figure.label}; {rest}."
     ]
+
+
+def _told_apart(rows: Sequence[Row], effects: Mapping[str, float], objective: str) -> list[tuple[str, float]]:
+    """(key, its effect); keys that always change together, as between runs of different commands, as one."""
+    there = ranked(rows, objective)
+    together: dict[tuple[int, ...], list[str]] = {}
+    for key in effects:
+        values = [row.values.get(key) for row in there]
+        together.setdefault(tuple(values.index(value) for value in values), []).append(key)
+    return [(" with ".join(keys), effects[keys[0]]) for keys in together.values()]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftrun.errors import UserError
 from ftrun.job import Job
-from ftrun.runs import cache_dir, check_place, finite, read_json, write_json
+from ftrun.runs import cache_dir, check_finished, check_place, finite, read_json, write_json
 from ftrun.schema import option
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def run(
 
     from ftrun.report.eval_text import render
 
+    check_finished(Path(run))
     if scale == []:
         raise UserError("scale=[]: expected a number, or a list of some as [0,0.5,1]")
     files, earlier = _places(Path(run), out), read_json(Path(run) / FILE) or {}

@@ -30,6 +30,7 @@ from ftrun.errors import UserError, unknown
 from ftrun.job import Job
 from ftrun.schema import option
 from ftrun.tasks.pace import Pace
+from ftrun.train.interrupt import Terminated
 
 if TYPE_CHECKING:
     from ftrun.evals.generation import Answer, Sampling
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from ftrun.tasks.speakers import Speakers
 
 _BATCH_ROWS = 8
-_HELP = "/reset forgets what was said, /exit or Ctrl-D ends"
+_HELP = "Ctrl-C stops an answer, /reset forgets what was said, /exit or Ctrl-D ends"
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,12 @@ class Options:
 
 def run(job: Job, **options: Any) -> int:
     """Print or write the answers; returns 0."""
-    return Answering(job, Options(**options)).run()
+    from ftrun.runs import check_finished
+
+    asked = Options(**options)
+    for folder in filter(None, (asked.run, *asked.adapters.values())):
+        check_finished(Path(folder))
+    return Answering(job, asked).run()
 
 
 class Answering:
@@ -289,6 +295,11 @@ class Answering:
             answer = self._stream(name, make(asked, "the conversation"))
         except UserError as error:
             _say(f"{error}. /reset begins anew")
+            return before
+        except KeyboardInterrupt as stop:
+            if isinstance(stop, Terminated):
+                raise
+            _say(f"stopped: the question and what there is of its answer are forgotten. {_HELP}")
             return before
         return [*asked, {"role": "assistant", "content": answer}]
 

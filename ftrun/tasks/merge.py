@@ -27,7 +27,7 @@ from typing import Any
 
 from ftrun.errors import UserError
 from ftrun.job import Job
-from ftrun.runs import aside, cache_dir, check_place, finite, write_json
+from ftrun.runs import aside, cache_dir, check_finished, check_place, finite, write_json
 from ftrun.schema import option
 
 INTO = {
@@ -77,6 +77,7 @@ class Merging:
     def __init__(self, job: Job, asked: Options, say: Any) -> None:
         self.job, self.asked, self.say = job, asked, say
         self.run, self.out, self.drifts = Path(str(asked.run)), _free(asked.out), list[str]()
+        check_finished(self.run)
         self.into = _into(job, asked)
         self.dtype = asked.dtype or job.model.options.dtype
         if not job.method.load().Tuner.merges:
@@ -211,7 +212,7 @@ def told(report: Mapping[str, Any]) -> list[str]:
         if found["lost"] is not None:
             parts.append(f"rounding loses {_share(found['lost'])} of the update")
             parts.append(f"at most {_share(found['worst']['lost'])}, in {found['worst']['module']}")
-            parts.append(f"its noise is {_share(found['noise'])} of the update's square")
+            parts.append(f"its noise, most of it beside the update, is {_share(found['noise'])} of the update's square")
         if found.get("loss") is not None:
             parts.append(f"held-out loss {found['loss']:.4f} ({found['loss_rise']:+.4f})")
             parts.append(f"logits differ by {_share(found['logits'])} of the largest, KL {found['kl']:.2g} nats")

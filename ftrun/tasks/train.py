@@ -59,6 +59,7 @@ def carry_out(job: Job, console: Console, shared: Shared | None = None, watch: W
         return
     cache = cache_dir()
     console.show(job.as_dict())
+    _show_folder(job, out, console)
     from ftrun.tasks.card import write_card
     from ftrun.tasks.session import Session
 
@@ -137,6 +138,7 @@ def on_ranks(job: Job, out: Path, console: Console, watch: Watch | None = None) 
         if there is not None and finished(out, there, job):
             _make_up(job, out, console)
             return False
+        _show_folder(job, out, console)
     else:
         console.say(f"nodes   {nodes.count} meet at {nodes.endpoint}")
     try:
@@ -148,6 +150,12 @@ def on_ranks(job: Job, out: Path, console: Console, watch: Watch | None = None) 
         told = Interrupted(f"interrupted; {_SAME} goes on from step {saved[-1]}") if saved else error
         raise _with_out(told, job, out) from None
     return desk.trained
+
+
+def _show_folder(job: Job, out: Path, console: Console) -> None:
+    """The run's folder, where it is not what the user typed."""
+    if not job.out:
+        console.say(f"folder  {out}")
 
 
 def _with_out(error: BaseException, job: Job, out: Path) -> BaseException:

@@ -19,7 +19,7 @@ from ftrun.job import Job, make_part
 from ftrun.memory.device import Device, resolve
 from ftrun.memory.host import keep_pages
 from ftrun.models.forward import TokenLoss, attention
-from ftrun.runs import read_json
+from ftrun.runs import check_finished
 from ftrun.values import Batch
 
 Say = Callable[[str], None]
@@ -110,10 +110,7 @@ def open_tuned(run: Path, job: Job, cache: Path, say: Say, *, plain: bool = Fals
     base itself gives that base. Raises UserError where the run is not at its end, lies on another base than the one at
     hand (unless the job has allow_drift), or its device is not here.
     """
-    result = read_json(run / "result.json")
-    if result is None or result.get("status") != "finished":
-        found = "it is not at its end" if result is None else f"its status is {result.get('status')}"
-        raise UserError(f"run={run}: {found}; the same command goes on with it: ftrun job={run}/job.yaml out={run}")
+    check_finished(run)
     device = assemble.torch_device(here(job))
     if device.type == "cpu":
         keep_pages()

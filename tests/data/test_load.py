@@ -115,8 +115,11 @@ def test_text_files_are_one_document_each(tmp_path, monkeypatch):
 
 def test_more_held_out_than_trained_on_is_said(corpus, tokenizer, said):
     rows = [{"question": f"{i}?", "answer": f"{i}"} for i in range(10)]
-    corpus(rows, tokenizer, held_out=3)
+    corpus(rows, tokenizer, held_out=4)
     assert not any("data.held_out" in text for text in said)
+    corpus(rows, tokenizer, held_out=2)
+    assert "warning: 2 held-out rows are too few to judge by; data.held_out=10 holds out ten" in said
+    said.clear()
     corpus(rows, tokenizer, held_out=8)
     assert [t for t in said if "data.held_out" in t] == [
         "warning: data.held_out=8: 8 rows are held out, 2 are left to train on"

@@ -105,3 +105,17 @@ def test_the_summary_of_what_came_to_nothing_or_is_alone() -> None:
     (count, best) = summary([row(1, {"rank": "8"})])
     assert count == "1 of 1 done."
     assert best.startswith("rank=8, held-out loss 2.3479 (base 3.3921), at ")
+
+
+def test_keys_that_change_together_are_not_told_apart() -> None:
+    rows = study(rank=["4", "8"], steps=["5", "51"])
+    for one, loss in zip(rows, (3.0, 2.0, 2.9, 1.9), strict=True):
+        one["values"]["method"] = "lora" if one["values"]["steps"] == "5" else "qlora"
+        one["figures"]["loss"] = loss
+    said = [line for line in summary(rows) if line.startswith("Most depends")]
+    assert said == [
+        "Most depends on steps with method: with all else at its best, its worst value costs 1.0000 of held-out loss; "
+        "rank 0.1000."
+    ]
+    alone = [one for one in rows if one["values"]["rank"] == "4"]
+    assert not any("depends" in line for line in summary(alone))

@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ftrun.cli import main
+from ftrun.evals import generation
 from ftrun.methods.files import hashes
+from ftrun.train.interrupt import Terminated
 from tests.jobs import overrides, tiny_base, write_rows
 
 _NEW = 12
@@ -243,6 +246,37 @@ def test_a_conversation_remembers_until_it_is_reset(
     for word in ("base=true", "format=json"):
         said = asked(capsys, f"run={runs['a']}", word, code=2)[1]
         assert f"{word}: has no effect in a conversation" in said
+
+
+@pytest.mark.parametrize("how", [KeyboardInterrupt, Terminated])
+def test_an_interrupted_answer_is_not_the_end_of_a_conversation_and_a_request_to_end_is(
+    how: type[KeyboardInterrupt], runs: Runs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    own, calls = generation.pieces, list[int]()
+
+    def pieces(*given: Any, **more: Any) -> Iterator[str]:
+        calls.append(1)
+        for number, piece in enumerate(own(*given, **more)):
+            yield piece
+            if len(calls) == 2 and number == 0:
+                raise how
+
+    monkeypatch.setattr(generation, "pieces", pieces)
+    monkeypatch.setattr(sys, "stdin", Terminal("nine?\nand?\nand?\n"))
+    if how is Terminated:
+        asked(capsys, f"run={runs['a']}", "raw=true", code=130)
+        return
+    out, said = asked(capsys, f"run={runs['a']}", "raw=true")
+    answers = [part.strip() for part in out.split("> ")[1:]]
+    assert "stopped: the question and what there is of its answer are forgotten" in said
+    monkeypatch.setattr(generation, "pieces", own)
+    monkeypatch.setattr(sys, "stdin", Terminal("nine?\nand?\n"))
+    again, _ = asked(capsys, f"run={runs['a']}", "raw=true")
+    assert answers[2] == [part.strip() for part in again.split("> ")[1:]][1]
 
 
 def test_a_run_is_asked_in_its_own_template(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:

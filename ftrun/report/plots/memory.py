@@ -29,7 +29,13 @@ def peaks(rows: Sequence[Row], objective: str) -> Drawing | None:
             sheet.hint(bar, f"{row.name}: {_name(row, rows)}, {FIGURES[key].label} {row.shown(key)}")
         end = max(row.figure(key) or 0.0 for key in _KINDS) / divisor
         sheet.axes.annotate(
-            f"{off(row):+.3%}", (end, line), (5, 0), textcoords="offset points", va="center", fontsize=10, color=MUTED
+            f"{off(row):+.3%}".replace("-0.000%", "0.000%").replace("+0.000%", "0.000%"),
+            (end, line),
+            (5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=10,
+            color=MUTED,
         )
     sheet.axes.set_ylim(len(shown) - 0.5, -0.5)
     sheet.axes.set_yticks(range(len(shown)), [cut(_name(row, rows), 30) for row in shown])
