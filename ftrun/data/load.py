@@ -91,7 +91,8 @@ def load(
             f"{len(train):,}{' distinct' if options.distinct else ''} are left to train on"
         )
     if 0 < len(held_out) < _FEW:
-        say(f"warning: {len(held_out)} held-out rows are too few to judge by; data.held_out=10 holds out ten")
+        hint = "; data.held_out=10 holds out ten" if not apart and len(together) > 2 * 10 else ""
+        say(f"warning: {len(held_out)} held-out rows are too few to judge by{hint}")
     return Corpus(
         train=train,
         held_out=held_out,

@@ -16,7 +16,6 @@ from torch import nn
 
 from ftrun.errors import UserError
 from ftrun.methods import base
-from ftrun.methods.options import check_start
 from ftrun.schema import option
 from ftrun.selection import parse_layers
 from ftrun.values import Anatomy, Block
@@ -40,10 +39,6 @@ class Options:
 
     def __post_init__(self) -> None:
         parse_layers(self.layers)
-
-    def check(self) -> None:
-        """UserError where what it is to start from is not there."""
-        check_start(self.from_)
 
 
 class Bottleneck(base.Wrapper):

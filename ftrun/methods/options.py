@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from ftrun.errors import UserError
 from ftrun.schema import option
 from ftrun.selection import check_targets, parse_layers
-
-
-def check_start(folder: str | None) -> None:
-    """UserError where `method.from` names no folder."""
-    if folder is not None and not Path(folder).expanduser().is_dir():
-        raise UserError(f"method.from={folder}: no such folder; expected an adapter's, as runs/NAME/adapter")
 
 
 @dataclass(frozen=True)
@@ -42,7 +35,3 @@ class LowRankOptions:
                 f"method.modules_to_save={self.modules_to_save}: {twice[0]} is also in targets={self.targets}; a "
                 "module is trained in full or by an update, not by both"
             )
-
-    def check(self) -> None:
-        """UserError where what it is to start from is not there."""
-        check_start(self.from_)

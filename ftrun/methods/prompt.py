@@ -16,7 +16,6 @@ from torch import nn
 
 from ftrun.errors import UserError
 from ftrun.methods import base
-from ftrun.methods.options import check_start
 from ftrun.schema import option
 from ftrun.values import Anatomy
 
@@ -34,10 +33,6 @@ class Options:
             raise UserError("method.init=text: give the text that the virtual tokens start from, as method.text='…'")
         if self.init != "text" and self.text is not None:
             raise UserError(f"method.text: has no effect with method.init={self.init}; use method.init=text")
-
-    def check(self) -> None:
-        """UserError where what it is to start from is not there."""
-        check_start(self.from_)
 
 
 class Prompt(base.Wrapper):

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftrun.errors import UserError, unknown
 from ftrun.job import Job
+from ftrun.runs import check_finished
 from ftrun.schema import option
 from ftrun.tasks.pace import Pace
 from ftrun.train.interrupt import Terminated
@@ -84,8 +85,6 @@ class Options:
 
 def run(job: Job, **options: Any) -> int:
     """Print or write the answers; returns 0."""
-    from ftrun.runs import check_finished
-
     asked = Options(**options)
     for folder in filter(None, (asked.run, *asked.adapters.values())):
         check_finished(Path(folder))

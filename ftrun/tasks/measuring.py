@@ -219,7 +219,7 @@ class Measuring:
         """At each scale the task's loss, and what was lost for it."""
         found = []
         for factor in factors:
-            self.say(f"scale={factor:g}: held-out loss, retention, exact match")
+            self.say(f"measuring at scale={factor:g}")
             look = self.at(factor)
             kept, matched = self.kept_text(look, self.text), self.exactly(look)
             row: dict[str, Any] = {"scale": factor, **look.held_out()}

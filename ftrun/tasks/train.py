@@ -48,7 +48,7 @@ def carry_out(job: Job, console: Console, shared: Shared | None = None, watch: W
     shared: what earlier jobs of this process have made. watch: what a study wants of this one.
     """
     out = Path(job.out) if job.out else Path("runs") / (job.name or default_name(job))
-    _check_base(job)
+    _check_starts(job)
     if job.devices > 1:
         if on_ranks(job, out, console, watch):
             _evaluate(job, out, console)
@@ -210,10 +210,14 @@ def finished(out: Path, there: Mapping[str, Any], job: Job, total: int | None = 
     return same
 
 
-def _check_base(job: Job) -> None:
-    """UserError where the base's folder lacks what training needs, before anything heavy is loaded."""
+def _check_starts(job: Job) -> None:
+    """UserError where the base's folder lacks what training needs, or the adapter that it starts from is not there,
+    before anything heavy is loaded."""
     from ftrun.models.sources import folder as folders
 
+    start = getattr(job.method.options, "from_", None)
+    if start is not None and not Path(start).expanduser().is_dir():
+        raise UserError(f"method.from={start}: no such folder; expected an adapter's, as runs/NAME/adapter")
     path = job.model.options.path
     if path is not None and Path(path).expanduser().is_dir():
         folders.read_facts(Path(path).expanduser())

@@ -118,6 +118,8 @@ def test_more_held_out_than_trained_on_is_said(corpus, tokenizer, said):
     corpus(rows, tokenizer, held_out=4)
     assert not any("data.held_out" in text for text in said)
     corpus(rows, tokenizer, held_out=2)
+    assert "warning: 2 held-out rows are too few to judge by" in said
+    corpus([{"question": f"{i}?", "answer": f"{i}"} for i in range(40)], tokenizer, held_out=2)
     assert "warning: 2 held-out rows are too few to judge by; data.held_out=10 holds out ten" in said
     said.clear()
     corpus(rows, tokenizer, held_out=8)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from ftrun.cli import main
 from ftrun.compose import compose
 from ftrun.errors import DoesNotFit, Interrupted, UserError
 from ftrun.tasks import train as task
@@ -132,9 +136,6 @@ def test_a_request_to_stop_ends_with_a_checkpoint_and_a_result(tmp_path: Path, m
     own = loop._count
 
     def count(progress, record):  # type: ignore[no-untyped-def]
-        import os
-        import signal
-
         own(progress, record)
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -149,8 +150,9 @@ def test_a_request_to_stop_ends_with_a_checkpoint_and_a_result(tmp_path: Path, m
     assert json.loads((tmp_path / "run/result.json").read_text())["steps"] == 3
 
 
+@pytest.mark.parametrize("asked", [True, False])
 def test_a_run_named_after_the_time_says_which_folder_to_go_on_with(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: bool
 ) -> None:
     monkeypatch.chdir(tmp_path)
     job = tiny_job(tmp_path, "method=lora", "steps=3", "save_every=1", "out=null")
@@ -158,7 +160,9 @@ def test_a_run_named_after_the_time_says_which_folder_to_go_on_with(
 
     def count(progress, record):  # type: ignore[no-untyped-def]
         own(progress, record)
-        if record.step == 2:
+        if record.step == 2 and asked:
+            os.kill(os.getpid(), signal.SIGTERM)  # the loop ends the step and saves
+        elif record.step == 2:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(loop, "_count", count)
@@ -166,7 +170,7 @@ def test_a_run_named_after_the_time_says_which_folder_to_go_on_with(
         task.run(job)
     monkeypatch.setattr(loop, "_count", own)
     (out,) = Path("runs").iterdir()
-    assert f"the same command with out={out} goes on from step" in str(stopped.value)
+    assert f"the same command with out={out} goes on from" in str(stopped.value)
     assert task.run(tiny_job(tmp_path, "method=lora", "steps=3", "save_every=1", f"out={out}")) == 0
     assert json.loads((out / "result.json").read_text())["status"] == "finished"
     assert [m["step"] for m in lines(out / "metrics.jsonl")] == [1, 2, 3]
@@ -211,3 +215,16 @@ def test_what_is_refused_leaves_no_folder(tmp_path: Path, more: tuple[str, ...],
         task.run(tiny_job(tmp_path, "method=lora", "steps=2", *more))
     assert not (tmp_path / "run").exists()
     assert refusal.value.exit_code == (3 if isinstance(refusal.value, DoesNotFit) else 2)
+
+
+def test_a_finished_run_needs_no_more_what_it_started_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task.run(tiny_job(tmp_path, "method=lora", "rank=4", "steps=1", f"out={tmp_path}/first"))
+    start = f"method.from={tmp_path}/first/adapter"
+    task.run(tiny_job(tmp_path, "method=lora", "rank=4", "steps=1", start, f"out={tmp_path}/second"))
+    shutil.rmtree(tmp_path / "first")
+    for line in (["generate", f"run={tmp_path}/second", "prompt=nine?", "max_new_tokens=2"], ["plan"]):
+        job = f"job={tmp_path}/second/job.yaml"
+        assert main([*line, *([job] if line == ["plan"] else [])]) == 0
+    assert main([job, f"out={tmp_path}/third"]) == 2
+    assert f"{start}: no such folder" in capsys.readouterr().err
+    assert not (tmp_path / "third").exists()
